@@ -1,0 +1,52 @@
+# `make quickstart` and `make test` each start from nothing: the first use makes the environment.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+# Two threads a core fight for it and everything crawls; leave the choice to whoever sets it.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test lint slow docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   make the environment, then prompts -> judged -> DPO -> report, offline"
+	@echo "make test         make the environment, then lint, type check and the default tests"
+	@echo "make slow         the tests that train and sample real models for minutes"
+	@echo "make docs         build the documentation site into site/"
+	@echo "make clean        remove the environment and what was built"
+
+# torch first and pinned: where a CPU build of that version is at hand it is taken, and nothing
+# after it pulls gigabytes of another.
+$(READY): pyproject.toml constraints/tested.txt constraints/demo.txt
+	@date +%s > .env-started
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints/tested.txt torch
+	$(PIP) -c constraints/tested.txt -e '.[demo,dev]'
+	$(PIP) --no-deps --require-hashes -r constraints/demo.txt
+	@touch $(READY)
+	@echo "environment ready in $$(( $$(date +%s) - $$(cat .env-started) )) s"; rm -f .env-started
+
+quickstart: $(READY)
+	$(BIN)/python recipes/quickstart.py $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+docs: $(READY)
+	$(PIP) -c constraints/tested.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) .env-started site dist
