@@ -1,0 +1,1 @@
+"""Text in and out: prompts, preference data, records, and the check before training."""

@@ -1,0 +1,111 @@
+"""Typed records <-> JSONL files: validated on the way in, atomic on the way out.
+
+A file is written beside its target and renamed, so a reader never sees half of one. Reading reports
+every bad line at once, with its number. This module knows no stage and no meaning of any type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TypeVar
+
+import msgspec
+
+from prefopt.errors import DataError
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that replaces `path` when the block ends without an error.
+
+    The content is flushed to disk before the rename. Raises DataError naming the folder when it
+    cannot be written (read-only, full disk).
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~current_umask())
+        os.replace(name, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def unwritable(path: Path, error: OSError) -> DataError:
+    """The error for a file that could not be written, with what to do about it."""
+    return DataError(
+        f"cannot write {path}: {error.strerror or error}. What was finished before is kept; free "
+        "space or choose a writable folder, then run the same command again."
+    )
+
+
+def current_umask() -> int:
+    """The process's umask (mkstemp ignores it and makes files private)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` atomically."""
+    with atomic_writer(path) as file:
+        file.write(content)
+
+
+def write_records(path: str | Path, records: Iterable[msgspec.Struct]) -> int:
+    """Write one record a line to `path` atomically; returns how many."""
+    count = 0
+    with atomic_writer(path) as file:
+        for record in records:
+            file.write(msgspec.json.encode(record) + b"\n")
+            count += 1
+    return count
+
+
+def read_records(path: str | Path, record_type: type[T]) -> list[T]:
+    """Read every line of `path` as `record_type`; raises DataError listing all bad lines."""
+    return list(iter_records(path, record_type))
+
+
+def iter_records(path: str | Path, record_type: type[T]) -> Iterator[T]:
+    """Yield records line by line with flat memory.
+
+    Bad lines are collected and raised as one DataError at the end, so the reader of the message
+    sees all of them; nothing that came from a file with a bad line may be used before that.
+    """
+    path = Path(path)
+    decoder = msgspec.json.Decoder(record_type)
+    problems: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield decoder.decode(line)
+                except (msgspec.MsgspecError, ValueError) as error:
+                    problems.append(f"line {number}: {error}")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+    if problems:
+        raise DataError(
+            f"{path} holds {len(problems)} line(s) that are not a {record_type.__name__}. "
+            "The file may be cut short or edited; remove it to make the stage again.",
+            problems,
+        )

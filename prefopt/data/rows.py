@@ -1,0 +1,208 @@
+"""Rows with their place, from wherever a table lies: a file, the Hub, a Dataset or a sequence.
+
+In: a path (.jsonl, .json, .parquet, .txt), a Hub dataset id, a `datasets.Dataset` or a sequence.
+Out: `Rows`, each row with the words that find it again, plus every line that could not be read, so
+that the caller reports these together with the rows it cannot use. Knows no meaning of any column.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import msgspec
+
+from prefopt.errors import DataError
+
+Source: TypeAlias = str | os.PathLike[str] | Iterable[Any]
+"""What rows can be read from; a `datasets.Dataset` is an iterable of rows."""
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BOM_UTF8 = b"\xef\xbb\xbf"
+
+
+class Row(NamedTuple):
+    """One row and where it is: "line 3" of a text file (from 1), "row 2" elsewhere (from 0)."""
+
+    where: str
+    value: Any
+
+
+class Rows(NamedTuple):
+    """The rows of `name`, what could not be read, and how to mend that."""
+
+    name: str
+    rows: list[Row]
+    problems: list[str]
+    remedy: str = ""
+
+    def columns(self) -> list[str]:
+        """The column names that occur in any row, in order of first appearance."""
+        found: dict[str, None] = {}
+        for row in self.rows:
+            if isinstance(row.value, Mapping):
+                found.update(dict.fromkeys(str(name) for name in row.value))
+        return list(found)
+
+    def bad(self, what: str, problems: list[str]) -> DataError:
+        """The error for rows that are not `what`: those unreadable and those unusable at once."""
+        listed = [*self.problems, *problems]
+        advice = f" {self.remedy}" if self.remedy else ""
+        return DataError(
+            f"{self.name}: {len(listed)} row(s) are not {what}; nothing was read.{advice}", listed
+        )
+
+
+def read_rows(source: Source, *, split: str = "train") -> Rows:
+    """Read all rows of `source`.
+
+    Args:
+        source: a path, a Hub dataset id ("organisation/name"), a `datasets.Dataset` or
+            `DatasetDict`, or any iterable. A `.json` file holds one list of rows, or a row a line.
+        split: which split of a Hub dataset or `DatasetDict`; the slices of `datasets`, such as
+            "train[:100]", work for the Hub.
+
+    Raises:
+        DataError: the source is missing, of an unknown kind, unreadable as a whole, or empty.
+    """
+    if isinstance(source, str | os.PathLike):
+        rows = _read_named(os.fspath(source), is_path=not isinstance(source, str), split=split)
+    else:
+        rows = _read_iterable(source, split)
+    if not rows.rows and not rows.problems:
+        raise DataError(f"{rows.name} is empty: expected at least one row.")
+    return rows
+
+
+def _read_named(name: str, *, is_path: bool, split: str) -> Rows:
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise DataError(
+            f"{name} is a folder; expected one file ({', '.join(SUFFIXES)}). A folder written by "
+            "`Dataset.save_to_disk` can be read with `datasets.load_from_disk` and passed on."
+        )
+    if path.exists() or is_path or suffix in SUFFIXES:
+        return _read_file(path, suffix)
+    if _HUB_ID.fullmatch(name):
+        return _read_hub(name, split)
+    raise DataError(
+        f"no source {name!r}: it is not an existing file ({', '.join(SUFFIXES)}) and not a Hub "
+        "dataset id of the form organisation/name. Check the spelling and the working folder."
+    )
+
+
+def _read_iterable(source: Iterable[Any], split: str) -> Rows:
+    name = "the given rows"
+    # Only someone who has imported `datasets` can hand over one of its objects.
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(source, datasets.DatasetDict):
+        if split not in source:
+            raise DataError(f"the DatasetDict has no split {split!r}; it has {', '.join(source)}.")
+        source, name = source[split], f"split {split!r} of the given DatasetDict"
+    if isinstance(source, Mapping):
+        raise DataError("expected a sequence of rows, got one mapping; put it in a list.")
+    return Rows(name, [Row(f"row {i}", value) for i, value in enumerate(source)], [])
+
+
+def _read_hub(repo_id: str, split: str) -> Rows:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(repo_id, split=split)
+    except Exception as error:  # The Hub, the network and dataset builders fail in many classes.
+        raise DataError(
+            f"cannot load split {split!r} of the Hub dataset {repo_id!r} (there is no such file "
+            f"either): {type(error).__name__}: {error}. Check the name, the split and the "
+            "connection; for a dataset with several configurations, load it with "
+            "`datasets.load_dataset` and pass the Dataset."
+        ) from error
+    rows = _read_iterable(dataset, split)
+    return rows._replace(name=f"{repo_id} (split {split})")
+
+
+def _read_file(path: Path, suffix: str) -> Rows:
+    if suffix not in SUFFIXES:
+        raise DataError(f"cannot read {path}: expected one of {', '.join(SUFFIXES)}.")
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(
+            f"{path} is UTF-16 text, expected UTF-8. Convert it: "
+            f"iconv -f UTF-16 -t UTF-8 {path} > utf8{suffix}"
+        )
+    content = content.removeprefix(_BOM_UTF8)
+    if suffix == ".json" and content.lstrip().startswith(b"["):
+        return _read_array(path, content)
+    return _read_lines(path, content, as_json=suffix != ".txt")
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        values = pyarrow.parquet.read_table(path).to_pylist()
+    except FileNotFoundError as error:
+        raise DataError(f"cannot read {path}: No such file or directory.") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path} as Parquet: {error}") from error
+    return Rows(str(path), [Row(f"row {i}", value) for i, value in enumerate(values)], [])
+
+
+def _read_array(path: Path, content: bytes) -> Rows:
+    try:
+        # The standard library's parser names line and column; `msgspec` then is the strict one.
+        json.loads(content)
+        values = msgspec.json.decode(content)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return Rows(str(path), [], [_not_utf8(line, error.start, content)], _utf8_remedy(path))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        return Rows(str(path), [], [f"{place}: malformed JSON: {error.msg}"])
+    except msgspec.DecodeError as error:
+        return Rows(str(path), [], [f"malformed JSON: {error}"])
+    return Rows(str(path), [Row(f"row {i}", value) for i, value in enumerate(values)], [])
+
+
+def _read_lines(path: Path, content: bytes, *, as_json: bool) -> Rows:
+    rows: list[Row] = []
+    problems: list[str] = []
+    remedy = ""
+    offset = 0
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        start, offset = offset, offset + len(line) + 1
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8").rstrip("\r")
+            rows.append(Row(f"line {number}", msgspec.json.decode(text) if as_json else text))
+        except UnicodeDecodeError as error:
+            problems.append(_not_utf8(number, start + error.start, content))
+            remedy = _utf8_remedy(path)
+        except msgspec.DecodeError as error:
+            problems.append(f"line {number}: malformed JSON: {error}")
+    return Rows(str(path), rows, problems, remedy)
+
+
+def _not_utf8(line: int, offset: int, content: bytes) -> str:
+    return f"line {line}: not UTF-8 at byte {offset} of the text (0x{content[offset]:02x})"
+
+
+def _utf8_remedy(path: Path) -> str:
+    return (
+        "Convert the file to UTF-8; if it is Latin-1: "
+        f"iconv -f ISO-8859-1 -t UTF-8 {path} > utf8{path.suffix}"
+    )

@@ -1,0 +1,17 @@
+"""Settings for every test: quiet hub, one thread, models small enough to make on the spot."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+
+from tests.tiny_models import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a random Llama with 60,000 parameters."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
