@@ -1,0 +1,69 @@
+"""Judges say which of two answers is better. `load_judge` makes one from a short text."""
+
+from __future__ import annotations
+
+from prefopt.judges.base import CostEstimate, Judge, judge_comparisons
+from prefopt.judges.rubric import HELPFUL, HOUSE_STYLE, Rubric, load_rubric
+from prefopt.judges.rules import RuleJudge
+from prefopt.judges.scripted import ScriptedJudge, longest_wins, shortest_wins
+
+__all__ = [
+    "HELPFUL",
+    "HOUSE_STYLE",
+    "CostEstimate",
+    "Judge",
+    "Rubric",
+    "RuleJudge",
+    "ScriptedJudge",
+    "judge_comparisons",
+    "load_judge",
+    "load_rubric",
+    "longest_wins",
+    "shortest_wins",
+]
+
+
+def load_judge(
+    spec: str, *, rubric: str | Rubric = "house_style", max_usd: float | None = None
+) -> Judge:
+    """Make a judge from a text such as "anthropic:claude-sonnet-5-5".
+
+    Args:
+        spec: one of
+            "rules:house_style"    the checkable part of the house style, no model, free;
+            "anthropic:<model>"    Claude through the Anthropic API; needs a key and `max_usd`;
+            "local:<model>"        a transformers model (Hub id, folder or "demo");
+            "scripted:shortest" or "scripted:longest"    length only, as a baseline.
+        rubric: a built-in name, a text file, or a `Rubric`. Rules and baselines do not read it.
+        max_usd: the most this judge may spend, in US dollars.
+
+    Raises:
+        ValueError: an unknown kind, or a paid judge without `max_usd`.
+        JudgeUnavailable: no key.
+        DataError: the rubric file cannot be used.
+    """
+    kind, _, argument = spec.partition(":")
+    text = rubric if isinstance(rubric, Rubric) else load_rubric(rubric)
+    if kind == "anthropic" and argument:
+        from prefopt.judges.anthropic import AnthropicJudge
+
+        return AnthropicJudge(argument, rubric=text, max_usd=max_usd)
+    if kind == "local" and argument:
+        from prefopt.judges.local import LocalJudge
+
+        return LocalJudge(argument, rubric=text)
+    if spec == RuleJudge.name:
+        if text != HOUSE_STYLE:
+            raise ValueError(
+                f"{spec} decides by built-in rules for the rubric 'house_style' and cannot apply "
+                f"{text.name!r}. Use a model as judge for it, for example "
+                "--judge anthropic:claude-sonnet-5-5."
+            )
+        return RuleJudge()
+    baselines = {"scripted:shortest": shortest_wins, "scripted:longest": longest_wins}
+    if spec in baselines:
+        return baselines[spec]()
+    raise ValueError(
+        f"unknown judge {spec!r}. Known: rules:house_style, anthropic:<model>, local:<model>, "
+        "scripted:shortest, scripted:longest."
+    )

@@ -1,0 +1,22 @@
+"""The progress bar of every long stage: rate, time left, and a note such as money spent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def progress_bar(
+    *, total: int, description: str, unit: str, initial: int = 0, show: bool = True
+) -> Any:
+    """A tqdm bar; with `show=False` it counts silently."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        disable=not show,
+        dynamic_ncols=True,
+        smoothing=0.1,
+    )
