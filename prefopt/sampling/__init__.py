@@ -1,0 +1,1 @@
+"""Prompts -> candidate answers."""
