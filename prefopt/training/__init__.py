@@ -1,0 +1,1 @@
+"""Preference groups -> trained adapters. The only room that knows TRL."""

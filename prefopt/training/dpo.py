@@ -1,0 +1,536 @@
+"""Preference groups -> a LoRA adapter, by direct preference optimization.
+
+    loss = -log sigmoid(r_chosen - r_rejected),   r = beta * log [pi(y|x) / pi_ref(y|x)]
+
+(Rafailov et al. 2023, arXiv:2305.18290, eq. 7). The loop and the losses are TRL's `DPOTrainer`; this
+module gives it token ids whose boundaries `prefopt.chat` decided, proves before the first step that
+policy and reference are the same model, and continues a killed run from its last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from prefopt.chat import tokenize_preference
+from prefopt.errors import DataError, ModelError, TrainingError
+from prefopt.models import (
+    Device,
+    DType,
+    LanguageModel,
+    LoRASettings,
+    load_model,
+    lora_config,
+    model_fingerprint,
+)
+from prefopt.progress import progress_bar
+from prefopt.training.health import HealthNote, TrainingPoint, diagnose
+from prefopt.types import PreferenceGroup, content_hash
+
+logger = logging.getLogger(__name__)
+
+LossName = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DPOSettings:
+    """How DPO trains.
+
+    Args:
+        beta: strength of the pull to the reference; implicit rewards are beta times log-ratios.
+        learning_rate: peak rate of the adapter; None takes 5e-5 below one billion parameters,
+            2e-5 below four, 1e-5 below fifteen, 5e-6 above.
+        epochs: passes over the pairs.
+        batch_size: pairs an optimiser step.
+        micro_batch_size: pairs held in memory at once; must divide batch_size.
+        max_length: tokens of prompt and answer together; longer answers are cut at the end.
+        loss: one or several of TRL's losses, added up with `loss_weights`.
+        loss_weights: a weight for each loss; None weighs all 1.
+        label_smoothing: for the losses that use it (robust, exo_pair).
+        warmup: share of the steps over which the rate rises from 0.
+        schedule: how the rate falls after that.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, slower.
+        checkpoint_every: optimiser steps between checkpoints; None takes a tenth of the run.
+        seed: of the adapter's initial weights and the order of the pairs.
+        report_to: trackers that transformers knows ("tensorboard", "wandb", "trackio").
+    """
+
+    beta: float = 0.1
+    learning_rate: float | None = None
+    epochs: float = 1.0
+    batch_size: int = 16
+    micro_batch_size: int = 4
+    max_length: int = 1024
+    loss: list[LossName] = field(default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    warmup: float = 0.1
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    checkpoint_every: int | None = None
+    seed: int = 0
+    report_to: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("beta", "epochs", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name} must be positive, got {getattr(self, name)}")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            problems.append(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("batch_size", "micro_batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
+            problems.append(
+                f"micro_batch_size must divide batch_size, got {self.micro_batch_size} and "
+                f"{self.batch_size}"
+            )
+        if not self.loss:
+            problems.append("loss needs at least one name")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
+            problems.append(
+                f"loss_weights needs one weight for each of the {len(self.loss)} losses, got "
+                f"{len(self.loss_weights)}"
+            )
+        if not 0.0 <= self.warmup < 1.0:
+            problems.append(f"warmup must be a share in [0, 1), got {self.warmup}")
+        if problems:
+            raise ValueError("DPO settings: " + "; ".join(problems) + ".")
+
+
+class DPOResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished training: where the adapter is and what the log says."""
+
+    adapter: Path
+    reference: str
+    n_pairs: int
+    n_parameters_trained: int
+    learning_rate: float
+    points: tuple[TrainingPoint, ...]
+    health: tuple[HealthNote, ...]
+
+
+def default_learning_rate(n_parameters: int) -> float:
+    """The peak rate for LoRA DPO by size of the base model (its parameters, not the adapter's)."""
+    for below, rate in ((1e9, 5e-5), (4e9, 2e-5), (15e9, 1e-5)):
+        if n_parameters < below:
+            return rate
+    return 5e-6
+
+
+def train_dpo(
+    groups: Sequence[PreferenceGroup],
+    model: str | LanguageModel,
+    out: str | Path,
+    *,
+    settings: DPOSettings | None = None,
+    lora: LoRASettings | None = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    checkpoints: str | Path | None = None,
+    progress: bool = True,
+) -> DPOResult:
+    """Train a LoRA adapter on preferences and save it in `out`.
+
+    The reference is the base model (adapter off), or, when `lora.continue_from` is given, a frozen
+    copy of that adapter as it was before training. Every preference of every group is one pair.
+
+    Args:
+        groups: preferences, as `build_preferences` or `load_preferences` return them.
+        model: a name, or a loaded model (which gets the adapter attached).
+        out: folder for the adapter, its model card and `training_log.jsonl`.
+        settings: see `DPOSettings`.
+        lora: see `LoRASettings`.
+        device: where to train when `model` is a name.
+        dtype: of the base weights when `model` is a name; the adapter is float32.
+        checkpoints: folder for checkpoints, default `<out>.checkpoints`. A call with the same
+            arguments continues from the last whole one and ends with the same weights.
+        progress: show a bar with pairs a second, loss and time left.
+
+    Raises:
+        DataError: no pairs, or pairs with nothing to learn from.
+        TrainingError: policy and reference differ at step 0, or the loss is no longer finite.
+        ModelError: the model, adapter or device cannot be used.
+    """
+    settings, lora, out = settings or DPOSettings(), lora or LoRASettings(), Path(out)
+    checkpoint_dir = Path(checkpoints) if checkpoints else out.with_name(out.name + ".checkpoints")
+    if lora.continue_from is None:
+        reference = "the base model (adapter off)"
+    else:
+        reference = f"a frozen copy of the adapter {lora.continue_from}"
+    if isinstance(model, LanguageModel):
+        loaded = model
+        if lora.continue_from is not None and not hasattr(loaded.model, "peft_config"):
+            raise ModelError(
+                "lora.continue_from needs the model by name, so that the adapter can be loaded for "
+                "training; got a loaded model without an adapter."
+            )
+    else:
+        loaded = load_model(
+            model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True
+        )
+    rows = _tokenized_rows(groups, loaded.tokenizer, settings.max_length)
+    trainer = _make_trainer(loaded, rows, settings, lora, checkpoint_dir, progress)
+    logger.info("the DPO reference is %s; %d pairs", reference, len(rows))
+    _check_step_zero(trainer, exact=not lora.dora, reference=reference)
+
+    _claim_checkpoints(checkpoint_dir, loaded.name, rows, settings, lora)
+    resume = _last_whole_checkpoint(checkpoint_dir)
+    if resume is not None:
+        logger.warning("continuing from %s", resume.name)
+    with _score_answer_positions_only():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+    points = _points(trainer.state.log_history)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    health = diagnose(
+        points,
+        beta=settings.beta,
+        words_chosen=_mean_words(groups, 0),
+        words_rejected=_mean_words(groups, 1),
+    )
+    result = DPOResult(
+        adapter=out,
+        reference=reference,
+        n_pairs=len(rows),
+        n_parameters_trained=trained,
+        learning_rate=trainer.args.learning_rate,
+        points=points,
+        health=health,
+    )
+    if any(not math.isfinite(p.loss) for p in points):
+        raise TrainingError(health[0].message)
+    _save(trainer.model, loaded, result, settings, lora)
+    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    return result
+
+
+def load_training_log(adapter: str | Path) -> tuple[TrainingPoint, ...]:
+    """The logged steps that `train_dpo` wrote beside an adapter."""
+    from prefopt.data.records import read_records
+
+    return tuple(read_records(Path(adapter) / "training_log.jsonl", TrainingPoint))
+
+
+def _tokenized_rows(
+    groups: Sequence[PreferenceGroup], tokenizer: Any, max_length: int
+) -> list[dict[str, list[int]]]:
+    rows: list[dict[str, list[int]]] = []
+    problems: list[str] = []
+    for group in groups:
+        for chosen, rejected, _ in group.pairs():
+            ids = tokenize_preference(tokenizer, chosen, rejected)
+            room = max_length - len(ids.prompt_ids)
+            where = f"pair {len(rows) + len(problems) + 1} ({group.prompt.text[:50]!r})"
+            if room < 1:
+                problems.append(f"{where}: the prompt alone has {len(ids.prompt_ids)} tokens")
+            elif ids.chosen_ids[:room] == ids.rejected_ids[:room]:
+                problems.append(f"{where}: both answers are the same within max_length")
+            else:
+                rows.append(
+                    {
+                        "prompt_ids": list(ids.prompt_ids),
+                        "chosen_ids": list(ids.chosen_ids[:room]),
+                        "rejected_ids": list(ids.rejected_ids[:room]),
+                    }
+                )
+    if problems:
+        raise DataError(
+            f"{len(problems)} pair(s) have nothing to learn from at max_length={max_length}. Raise "
+            "max_length or leave them out; the preflight report lists every kind of problem.",
+            problems,
+        )
+    if not rows:
+        raise DataError("there are no preference pairs to train on.")
+    return rows
+
+
+def _make_trainer(
+    loaded: LanguageModel,
+    rows: list[dict[str, list[int]]],
+    settings: DPOSettings,
+    lora: LoRASettings,
+    checkpoint_dir: Path,
+    progress: bool,
+) -> Any:
+    import datasets
+    import trl
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    class Trainer(trl.DPOTrainer):
+        """TRL's trainer on rows that are token ids already."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Left out: `train_dpo` writes the card once, at the end."""
+
+    steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
+    n_parameters = sum(p.numel() for p in loaded.model.parameters())
+    on_cpu = loaded.device.type == "cpu"
+    args = trl.DPOConfig(
+        output_dir=str(checkpoint_dir),
+        beta=settings.beta,
+        loss_type=list(settings.loss),
+        loss_weights=settings.loss_weights,
+        label_smoothing=settings.label_smoothing,
+        learning_rate=settings.learning_rate or default_learning_rate(n_parameters),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        max_length=settings.max_length,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every or max(1, int(steps / 10)),
+        save_total_limit=2,
+        logging_steps=max(1, int(steps / 200)),
+        logging_first_step=True,
+        seed=settings.seed,
+        bf16=False,
+        fp16=False,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        report_to=list(settings.report_to) or "none",
+    )
+    pairs_total = int(len(rows) * settings.epochs)
+    bar = progress_bar(total=pairs_total, description="training (DPO)", unit="pair", show=progress)
+
+    class Progress(TrainerCallback):
+        """Pairs a second, loss and margin, in prefopt's own bar."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            done = min(pairs_total, round(state.epoch * len(rows)))
+            bar.update(done - bar.n)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                loss = float(logs["loss"])
+                bar.set_postfix_str(f"loss {loss:.3f}, margin {logs['rewards/margins']:.2f}")
+                if not math.isfinite(loss):
+                    control.should_training_stop = True
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            bar.close()
+
+    is_peft = hasattr(loaded.model, "peft_config")
+    trainer = Trainer(
+        model=loaded.model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=loaded.tokenizer,
+        peft_config=None if is_peft else lora_config(lora),
+        callbacks=[Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+@contextlib.contextmanager
+def _score_answer_positions_only() -> Iterator[None]:
+    """On CPU, let TRL project only the positions that have a label through the output head.
+
+    TRL 1.16 does so on GPUs and scores every position elsewhere, to keep shapes fixed for backends
+    that compile; the vocabulary projection is about half the work of a small model. The results are
+    the same numbers. Where TRL no longer has this switch, nothing changes.
+    """
+    from trl.trainer import utils
+
+    original = getattr(utils, "_use_triton", None)
+    if original is None:
+        yield
+        return
+    utils._use_triton = lambda device: device.type == "cpu" or original(device)
+    try:
+        yield
+    finally:
+        utils._use_triton = original
+
+
+def _check_step_zero(trainer: Any, *, exact: bool, reference: str) -> None:
+    """Refuse to train unless policy and reference give the first batch the same log-probabilities.
+
+    At initialisation the policy is the reference, so every implicit reward is 0 and the sigmoid loss
+    is ln 2. Anything else means that the run would be regularised towards some other model. DoRA
+    renormalises the weights once, which costs rounding in the last digits; all else is exact.
+    """
+    import torch
+
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    was_training = trainer.model.training
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+    trainer._metrics["eval"].clear()
+    trainer.model.train(was_training)
+    margin = metrics["rewards/margins"]
+    rewards = (abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"]))
+    if max(abs(margin), *rewards) > (0.0 if exact else 1e-3):
+        raise TrainingError(
+            f"before the first step policy and reference differ: margin {margin:.3g}, rewards "
+            f"{rewards[0]:.3g} and {rewards[1]:.3g}, expected exactly 0. The reference is "
+            f"{reference}. Set lora.dropout to 0, and pass the adapter to be trained further as "
+            "lora.continue_from rather than merged or active in the model."
+        )
+    logger.info("step 0: margin 0, loss ln 2; policy and reference agree")
+
+
+def _claim_checkpoints(
+    folder: Path,
+    model_name: str,
+    rows: list[dict[str, list[int]]],
+    settings: DPOSettings,
+    lora: LoRASettings,
+) -> None:
+    """Bind the folder to this very training; checkpoints of any other one in it are removed."""
+    from prefopt.data.records import write_bytes
+
+    identity = content_hash(
+        [
+            model_fingerprint(model_name),
+            rows,
+            msgspec.to_builtins(settings),
+            msgspec.to_builtins(lora),
+            lora.continue_from and model_fingerprint(lora.continue_from),
+        ]
+    )
+    claim = folder / "training.json"
+    content = json.dumps({"training": identity}).encode()
+    if claim.exists() and claim.read_bytes() == content:
+        return
+    if folder.exists():
+        logger.warning("removing checkpoints of a different training from %s", folder)
+        shutil.rmtree(folder)
+    write_bytes(claim, content)
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; torn ones are removed.
+
+    The trainer's state file is written last, so a checkpoint with a readable one is whole.
+    """
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            whole.append((int(state["global_step"]), path))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole)[1] if whole else None
+
+
+def _points(log_history: list[dict[str, Any]]) -> tuple[TrainingPoint, ...]:
+    return tuple(
+        TrainingPoint(
+            step=int(entry["step"]),
+            epoch=float(entry["epoch"]),
+            loss=float(entry["loss"]),
+            margin=float(entry["rewards/margins"]),
+            accuracy=float(entry["rewards/accuracies"]),
+            chosen_reward=float(entry["rewards/chosen"]),
+            rejected_reward=float(entry["rewards/rejected"]),
+            chosen_logp=float(entry["logps/chosen"]),
+            rejected_logp=float(entry["logps/rejected"]),
+            learning_rate=float(entry["learning_rate"]),
+            grad_norm=float(entry.get("grad_norm", 0.0)),
+        )
+        for entry in log_history
+        if "loss" in entry and "rewards/margins" in entry
+    )
+
+
+def _mean_words(groups: Sequence[PreferenceGroup], side: Literal[0, 1]) -> float:
+    lengths = [len(pair[side].text.split()) for group in groups for pair in group.pairs()]
+    return sum(lengths) / len(lengths)
+
+
+def _save(
+    model: Any,
+    loaded: LanguageModel,
+    result: DPOResult,
+    settings: DPOSettings,
+    lora: LoRASettings,
+) -> None:
+    """Write the adapter folder under another name and rename it, so it is whole or not there."""
+    from prefopt.data.records import unwritable, write_bytes, write_records
+
+    temporary = result.adapter.with_name(result.adapter.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, selected_adapters=["default"])
+        loaded.tokenizer.save_pretrained(temporary)
+        write_records(temporary / "training_log.jsonl", result.points)
+        card = _model_card(loaded.name, result, settings, lora)
+        write_bytes(temporary / "README.md", card.encode())
+        shutil.rmtree(result.adapter, ignore_errors=True)
+        temporary.rename(result.adapter)
+    except OSError as error:
+        raise unwritable(result.adapter, error) from error
+
+
+def _model_card(base: str, result: DPOResult, settings: DPOSettings, lora: LoRASettings) -> str:
+    last = result.points[-1]
+    notes = "\n".join(f"- {note.level}: {note.message}" for note in result.health)
+    base_model = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
+    adapter = (
+        f"continued from {lora.continue_from}"
+        if lora.continue_from
+        else f"r={lora.r}, alpha={lora.alpha:g}, targets {lora.target_modules}"
+    )
+    return f"""---
+{base_model}library_name: peft
+pipeline_tag: text-generation
+tags: [prefopt, dpo, lora]
+---
+# A LoRA adapter for {base}, tuned with DPO
+
+Trained with [prefopt](https://pypi.org/project/prefopt/) on {result.n_pairs} preference pairs.
+
+| setting | value |
+|---|---|
+| reference | {result.reference} |
+| loss | {", ".join(settings.loss)}, beta {settings.beta:g} |
+| adapter | {adapter}; {result.n_parameters_trained:,} parameters |
+| learning rate | {result.learning_rate:g}, {settings.schedule}, warm-up {settings.warmup:g} |
+| batch | {settings.batch_size} pairs, {settings.epochs:g} epoch(s), {last.step} steps |
+| seed | {settings.seed} |
+
+Last logged step: loss {last.loss:.4f}, margin {last.margin:.3f}, accuracy {last.accuracy:.2f}.
+
+## What the log says
+
+{notes}
+
+## Use
+
+```python
+from prefopt import load_model
+
+model = load_model({base!r}, adapter="path/to/this/folder")
+```
+"""
