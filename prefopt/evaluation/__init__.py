@@ -1,0 +1,1 @@
+"""Is the tuned model better, why, and what did it forget: judged answers -> a report."""

@@ -1,0 +1,318 @@
+"""What a report means, in sentences a reader can act on.
+
+In: an `EvalReport`. Out: an `Advice` (a light, a headline, next steps) and a list of `Doubt`s (the
+figures that could explain the result away). Pure text and arithmetic; the limits are named below.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from prefopt.evaluation.eval_report import EvalReport
+
+# Conventions, not laws: where a sentence changes. All are fractions.
+FORGOT_LITTLE = 0.02
+FORGOT_MUCH = 0.10
+MANY_FLIPS = 0.20
+MANY_UNSCORED = 0.10
+ONLY_LENGTH = 0.95
+_MOST_PROMPTS_ADVISED = 5_000
+
+
+class Advice(msgspec.Struct, frozen=True, kw_only=True):
+    """The verdict in words. `level` is the light: good (go on), caution, stop."""
+
+    level: Literal["good", "caution", "stop"]
+    label: str
+    headline: str
+    forgetting: str
+    next_steps: tuple[str, ...]
+
+
+class Doubt(msgspec.Struct, frozen=True, kw_only=True):
+    """One figure that could explain the result away, and how to read it."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+def advice_for(report: EvalReport) -> Advice:
+    """The light, the headline and what to do next."""
+    verdict = report.win_rate.verdict
+    cautions = _cautions(report)
+    if verdict == "worse":
+        level, label = "stop", "Do not use this model"
+        steps = [
+            "Do not use this model: the judge prefers the answers from before tuning.",
+            "Read the answers below, then the labels that were trained on: do the chosen answers "
+            "follow the rubric?",
+            "If the labels are right, train more gently: lower learning rate, higher beta, fewer "
+            "epochs.",
+            *cautions,
+        ]
+    elif verdict == "unclear":
+        level, label = "caution", "No difference shown"
+        steps = [_more_prompts(report), _more_effect(), *cautions]
+    elif cautions:
+        level, label = "caution", "Better, but check first"
+        steps = [*cautions, _read_losses(report)]
+    else:
+        level, label = "good", "Better"
+        steps = [
+            _read_losses(report),
+            "Then try the tuned model on prompts of your own: this test says nothing about "
+            "prompts unlike these.",
+        ]
+    return Advice(
+        level=level,  # type: ignore[arg-type]  # a literal in every branch
+        label=label,
+        headline=_headline(report),
+        forgetting=_forgetting(report),
+        next_steps=tuple(steps),
+    )
+
+
+def doubts_about(report: EvalReport) -> list[Doubt]:
+    """What a sceptic would ask, with the answers this evaluation can give."""
+    rate = report.win_rate
+    judged_both = rate.n - rate.n_one_order
+    rows = [
+        Doubt(
+            name="If the shorter answer always won",
+            value=percent(rate.shortest_wins_share),
+            meaning="The tuned model's win rate under a rule that only counts words. Answers went "
+            f"from {rate.mean_words_baseline:.0f} to {rate.mean_words_tuned:.0f} words on average.",
+        ),
+        Doubt(
+            name="If the longer answer always won",
+            value=percent(rate.longest_wins_share),
+            meaning="The same for the opposite rule.",
+        ),
+    ]
+    if rate.agrees_with_shortest is not None:
+        rows.append(
+            Doubt(
+                name="Judge agrees with “shorter wins”",
+                value=f"{percent(rate.agrees_with_shortest)} of {rate.n_length_decided}",
+                meaning="Near 100 % the judge may only be rewarding short answers, near 0 % only "
+                "long ones. 50 % means that length played no part.",
+            )
+        )
+    if judged_both:
+        rows.append(
+            Doubt(
+                name="Winner changed with the order shown",
+                value=f"{rate.n_flipped} of {judged_both}",
+                meaning="Position decided there, not quality. They count as ties.",
+            )
+        )
+    if rate.first_position_share is not None:
+        rows.append(
+            Doubt(
+                name="Judge named the answer shown first",
+                value=percent(rate.first_position_share),
+                meaning="50 % is a judge without a favourite position.",
+            )
+        )
+    if rate.n_one_order:
+        rows.append(
+            Doubt(
+                name="Judged in one order only",
+                value=f"{rate.n_one_order} of {rate.n}",
+                meaning="The tuned model's answer was always shown first there, so a judge that "
+                "likes the first answer would look like a better model.",
+            )
+        )
+    reasons = ", ".join(f"{name.replace('_', ' ')}: {k}" for name, k in _reasons(report))
+    rows += [
+        Doubt(
+            name="Ties",
+            value=f"{rate.n_tie} of {rate.n}",
+            meaning="Each counts as half a win.",
+        ),
+        Doubt(
+            name="No verdict",
+            value=f"{rate.n_unscored} of {rate.n + rate.n_unscored}",
+            meaning=f"Left out of every figure, not counted as ties ({reasons})."
+            if reasons
+            else "Every comparison got a verdict.",
+        ),
+        Doubt(
+            name="Smallest difference this test can show",
+            value="none" if rate.mde_points is None else f"{rate.mde_points:.0f} points",
+            meaning=f"Win rates closer to 50 % than that would usually look like chance with "
+            f"{rate.n_prompts} prompts (80 % power).",
+        ),
+    ]
+    if rate.bootstrap_low is not None and rate.bootstrap_high is not None:
+        rows.append(
+            Doubt(
+                name="The 95 % interval, computed another way",
+                value=interval(rate.bootstrap_low, rate.bootstrap_high),
+                meaning="Resampling the prompts (bootstrap). Far from the headline's interval "
+                "would mean that neither is to be trusted.",
+            )
+        )
+    return rows
+
+
+def percent(fraction: float) -> str:
+    """A fraction as "88 %"; never rounded to 0 % or 100 % unless it is exactly that."""
+    for digits in (0, 1):
+        text = f"{100 * fraction:.{digits}f}"
+        if float(text) not in (0.0, 100.0) or fraction in (0.0, 1.0):
+            return f"{text} %"
+    return "under 0.1 %" if fraction < 0.5 else "over 99.9 %"
+
+
+def signed_percent(fraction: float) -> str:
+    """A change as "+1.2 %", or with a true minus sign when it fell."""
+    return f"{100 * fraction:+.1f} %".replace("-", "\u2212")
+
+
+def interval(low: float, high: float) -> str:
+    """An interval of fractions in percent, as "79 to 94 %" with an en dash.
+
+    A bound gets a decimal where whole numbers would put it on 0, 50 or 100 % and it is not there,
+    so that "9 to 50 %" never stands for an interval that leaves 50 % out.
+    """
+
+    def bound(fraction: float) -> str:
+        blurred = round(100 * fraction) in (0, 50, 100) and 100 * fraction not in (0, 50, 100)
+        return f"{100 * fraction:.{1 if blurred else 0}f}"
+
+    return f"{bound(low)}\u2013{bound(high)} %"
+
+
+def prompts_needed(distance: float, *, power: float = 0.8, confidence: float = 0.95) -> int:
+    """How many prompts would show a win rate `distance` (a fraction) away from 50 %.
+
+    n = ((z_confidence/2 + z_power·sqrt(1/4 - d²)) / d)², the inverse of `win_rate.mde_points`.
+    """
+    z_c = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z_p = NormalDist().inv_cdf(power)
+    return math.ceil(((z_c / 2 + z_p * math.sqrt(0.25 - distance**2)) / distance) ** 2)
+
+
+def _headline(report: EvalReport) -> str:
+    rate = report.win_rate
+    over = f"{rate.n_prompts:,} {report.prompts_name}"
+    if rate.n != rate.n_prompts:
+        over = f"{rate.n:,} comparisons over {over}"
+    detail = f"95 % interval {interval(*rate.headline_interval)}"
+    if rate.n_tie:
+        detail += ", ties count half"
+    preferred = f"preferred on {percent(rate.win_rate)} of {over} ({detail})"
+    if rate.verdict == "better":
+        return f"The tuned model is {preferred}."
+    if rate.verdict == "worse":
+        return f"The tuned model is worse: it is {preferred}."
+    return f"No difference shown: the tuned model is {preferred}, and that interval includes 50 %."
+
+
+def _forgetting(report: EvalReport) -> str:
+    change = report.perplexity_change
+    if change is None:
+        return "Whether it forgot anything was not measured."
+    amount = percent_of_change(change)
+    on = f"perplexity on {report.perplexity_text}"
+    if change <= 0:
+        return f"It forgot nothing that shows: {on} {amount}."
+    how_much = "little" if change <= FORGOT_LITTLE else "some" if change <= FORGOT_MUCH else "a lot"
+    return f"It forgot {how_much}: {on} {amount}."
+
+
+def percent_of_change(change: float) -> str:
+    """A change of perplexity as "rose 1.2 %", "fell 0.4 %" or "did not change"."""
+    size = f"{100 * abs(change):.1f}"
+    return "did not change" if size == "0.0" else f"{'rose' if change > 0 else 'fell'} {size} %"
+
+
+def _cautions(report: EvalReport) -> list[str]:
+    rate = report.win_rate
+    found = []
+    problems = sum(note.level == "problem" for note in report.health)
+    if problems:
+        found.append(
+            f"The health notes below name {problems} problem{'s' if problems > 1 else ''}. "
+            "Settle that before trusting the model."
+        )
+    if report.perplexity_change is not None and report.perplexity_change > FORGOT_LITTLE:
+        found.append(
+            "It writes other text worse than before. Test what else the model must still do; to "
+            "forget less, train with a lower learning rate, a higher beta or fewer epochs."
+        )
+    both = rate.n - rate.n_one_order
+    if both == 0:
+        found.append(
+            "The judge saw each pair in one order only, the tuned model's answer first. Judge both "
+            "orders: a preference for the first answer would look the same as a better model."
+        )
+    elif rate.n_flipped > MANY_FLIPS * both:
+        found.append(
+            f"In {rate.n_flipped} of {both} comparisons the judge changed its mind with the order. "
+            "Use a stronger judge or a sharper rubric."
+        )
+    agreement = rate.agrees_with_shortest
+    if agreement is not None and rate.n_length_decided >= 10:
+        for share, word in ((agreement, "shorter"), (1 - agreement, "longer")):
+            if share >= ONLY_LENGTH:
+                found.append(
+                    f"The judge picked the {word} answer in {percent(share)} of the decided "
+                    "comparisons: counting words would give the same result. Read some answers and "
+                    "ask whether they are better or only "
+                    f"{word}."
+                )
+    total = rate.n + rate.n_unscored
+    if rate.n_unscored > MANY_UNSCORED * total:
+        found.append(
+            f"There is no verdict for {rate.n_unscored} of {total} comparisons. Judge again to "
+            "fill them in: they may be the hard ones."
+        )
+    return found
+
+
+def _more_prompts(report: EvalReport) -> str:
+    rate = report.win_rate
+    distance = abs(rate.win_rate - 0.5)
+    shows = (
+        f"With {rate.n_prompts} prompts no difference at all can be shown."
+        if rate.mde_points is None
+        else f"With {rate.n_prompts} prompts only a win rate about {rate.mde_points:.0f} points "
+        "away from 50 % would reliably show."
+    )
+    if distance == 0:
+        return f"{shows} Evaluate on more prompts if a smaller difference matters to you."
+    needed = prompts_needed(distance)
+    if needed > _MOST_PROMPTS_ADVISED:
+        return f"{shows} The difference seen is too small to be worth confirming."
+    scale = 10 ** max(0, len(str(needed)) - 2)
+    rounded = math.ceil(needed / scale) * scale  # two digits: it rests on a noisy estimate
+    return f"{shows} To settle whether {percent(rate.win_rate)} is real, use about {rounded:,}."
+
+
+def _more_effect() -> str:
+    return (
+        "For a larger effect: more labelled pairs, labels with a clearer difference, or longer "
+        "training (watch that the margin rises)."
+    )
+
+
+def _read_losses(report: EvalReport) -> str:
+    lost = sum(pair.result == "loss" for pair in report.answers)
+    if lost == 0:
+        return "Read some of the answers below with your own eyes before you use the model."
+    return (
+        f"Read the {lost} answer{'s' if lost > 1 else ''} below that got worse: if they share a "
+        "fault, fix it with more prompts of that kind."
+    )
+
+
+def _reasons(report: EvalReport) -> list[tuple[str, int]]:
+    return sorted(report.win_rate.unscored_reasons.items(), key=lambda item: -item[1])

@@ -1,0 +1,488 @@
+"""The report: what it says, what it escapes, and the files it becomes."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from prefopt.errors import DataError
+from prefopt.evaluation.advice import advice_for, doubts_about, interval, percent, prompts_needed
+from prefopt.evaluation.eval_report import (
+    CurvePoint,
+    EvalReport,
+    LabelCounts,
+    build_report,
+    count_labels,
+    report_html,
+    report_markdown,
+    write_report,
+)
+from prefopt.evaluation.win_rate import mde_points
+from prefopt.judges.rubric import HOUSE_STYLE, Rubric
+from prefopt.training.health import HealthNote
+from prefopt.types import (
+    Candidate,
+    Comparison,
+    JudgedComparison,
+    LeftOut,
+    Preference,
+    PreferenceGroup,
+    Prompt,
+    Usage,
+    Verdict,
+)
+
+HOSTILE = """<script>alert("x")</script>'"><img src=x onerror=alert(1)> {{ 7 * 7 }} ``` | $x$"""
+
+
+def judged(
+    index: int,
+    result: str,
+    *,
+    before: str = "It is as it is, and then some more words.",
+    after: str = "Short and good.",
+    prompt: str = "Question",
+    tuned: str = "tuned",
+    rationale: str = "",
+    both: bool = True,
+) -> JudgedComparison:
+    question = Prompt.from_text(f"{prompt} {index}")
+    grades = {
+        "win": ("a", "a"),
+        "loss": ("b", "b"),
+        "tie": ("tie", "tie"),
+        "flip": ("a", "b"),
+    }
+    if result == "failed":
+        forward = backward = Verdict(judge="judge", failure="refused")
+    else:
+        forward, backward = (
+            Verdict(
+                judge="judge",
+                preferred=p,
+                strength=int(p != "tie"),
+                rationale=rationale,
+                usage=Usage(cost_usd=0.01),
+            )
+            for p in grades[result]
+        )
+    return JudgedComparison(
+        comparison=Comparison(
+            a=Candidate(prompt=question, text=after, model=tuned),
+            b=Candidate(prompt=question, text=before, model="base", finish_reason="length"),
+        ),
+        forward=forward,
+        backward=backward if both else None,
+    )
+
+
+def results(**counts: int) -> list[JudgedComparison]:
+    """So many of each result; lengths alternate so that no length rule explains the verdicts."""
+    names = [name for name, count in counts.items() for _ in range(count)]
+    return [
+        judged(i, name, before="one two" if i % 2 else "one two three four five")
+        for i, name in enumerate(names)
+    ]
+
+
+TRAINING = tuple(
+    CurvePoint(
+        step=10 * i,
+        epoch=i / 4,
+        loss=0.69 - 0.05 * i,
+        margin=0.2 * i,
+        accuracy=0.5 + 0.04 * i,
+        chosen_logp=-80.0 - i,
+        rejected_logp=-90.0 - 4 * i,
+        learning_rate=5e-5,
+    )
+    for i in range(1, 9)
+)
+
+
+def full_report() -> EvalReport:
+    return build_report(
+        results(win=30, tie=2, flip=3, loss=4, failed=1),
+        title="House style",
+        rubric=HOUSE_STYLE,
+        prompts_name="held-out prompts",
+        perplexity_base=20.0,
+        perplexity_tuned=20.24,
+        training=TRAINING,
+        health=[HealthNote(level="warning", message="Rejected answers fell faster than usual.")],
+        labels=LabelCounts(n_prompts=90, n_pairs=120, left_out={"flipped": 9}, flip_rate=0.07),
+        preflight=["120 pairs, none too long."],
+        seeds={"training": 7},
+        details={"Training": "DPO, beta 0.1"},
+    )
+
+
+class Page(HTMLParser):
+    """Collects tags, ids and text; fails on a tag closed out of turn."""
+
+    VOID = frozenset({"meta", "br", "img", "path", "use", "rect"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.attributes: Counter[str] = Counter()
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes.update(name for name, _ in attrs)
+        self.ids.update(value for name, value in attrs if name == "id" and value)
+
+
+def test_the_headline_says_how_much_how_sure_and_what_was_forgotten() -> None:
+    advice = advice_for(full_report())
+    # (30 + 5 / 2) / 39 = 83.3 %; Wilson on 39 prompts gives 68.9 to 91.9 %.
+    assert advice.headline == (
+        "The tuned model is preferred on 83 % of 39 held-out prompts "
+        "(95 % interval 69\u201392 %, ties count half)."
+    )
+    assert advice.forgetting == "It forgot little: perplexity on unrelated text rose 1.2 %."
+    assert advice.level == "good"
+    assert "the 4 answers below that got worse" in advice.next_steps[0]
+
+
+def test_a_worse_model_is_named_worse_and_gets_a_stop() -> None:
+    advice = advice_for(build_report(results(win=2, loss=18)))
+    assert advice.level == "stop"
+    assert advice.headline.startswith("The tuned model is worse: it is preferred on 10 % of 20")
+    assert "not measured" in advice.forgetting
+
+
+def test_an_unclear_result_says_how_many_prompts_would_settle_it() -> None:
+    advice = advice_for(build_report(results(win=11, loss=9)))
+    assert (advice.level, advice.label) == ("caution", "No difference shown")
+    assert "includes 50 %" in advice.headline
+    # d = 0.05: ((0.98 + 0.8416 · sqrt(0.2475)) / 0.05)² = 783.
+    assert prompts_needed(0.05) == 783
+    assert "use about 790." in advice.next_steps[0]
+
+
+@pytest.mark.parametrize("n", [10, 60, 400])
+def test_prompts_needed_inverts_the_smallest_difference(n: int) -> None:
+    points = mde_points(n)
+    assert points is not None
+    assert prompts_needed(points / 100 + 1e-9) == n
+
+
+def test_forgetting_is_graded_and_a_clear_loss_of_skill_is_a_caution() -> None:
+    def advice(tuned: float) -> tuple[str, str]:
+        report = build_report(results(win=20), perplexity_base=10.0, perplexity_tuned=tuned)
+        found = advice_for(report)
+        return found.level, found.forgetting
+
+    assert advice(9.9) == (
+        "good",
+        "It forgot nothing that shows: perplexity on unrelated text fell 1.0 %.",
+    )
+    assert advice(10.5)[0] == "caution"
+    assert advice(10.5)[1].startswith("It forgot some:")
+    assert advice(13.0)[1] == "It forgot a lot: perplexity on unrelated text rose 30.0 %."
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "words"),
+    [
+        (results(win=20, flip=8), "changed its mind with the order"),
+        (results(win=20, failed=5), "no verdict for 5 of 25"),
+        ([judged(i, "win") for i in range(20)], "counting words would give the same"),
+        (
+            [judged(i, "win", after="w " * 30) for i in range(20)],
+            "picked the longer answer in 100 %",
+        ),
+        ([judged(i, "win", both=False) for i in range(20)], "in one order only"),
+    ],
+)
+def test_a_win_with_another_explanation_is_a_caution(
+    comparisons: list[JudgedComparison], words: str
+) -> None:
+    advice = advice_for(build_report(comparisons))
+    assert advice.level == "caution"
+    assert any(words in step for step in advice.next_steps)
+
+
+def test_a_problem_in_the_health_notes_is_a_caution() -> None:
+    note = HealthNote(level="problem", message="Loss was not a number.")
+    advice = advice_for(build_report(results(win=20), health=[note]))
+    assert advice.level == "caution"
+    assert "name 1 problem." in advice.next_steps[0]
+
+
+def test_doubts_give_the_figures_that_could_explain_the_result_away() -> None:
+    rows = {d.name: d.value for d in doubts_about(full_report())}
+    # Even numbers have a longer baseline: the tuned answer (3 words) is shorter in 20 of 39.
+    assert rows["If the shorter answer always won"] == "51 %"
+    assert rows["If the longer answer always won"] == "49 %"
+    assert rows["Winner changed with the order shown"] == "3 of 39"
+    assert rows["Ties"] == "5 of 39"
+    assert rows["No verdict"] == "1 of 40"
+    meanings = " ".join(d.meaning for d in doubts_about(full_report()))
+    assert "refused: 1" in meanings
+
+
+def test_percentages_never_round_to_all_or_nothing_or_onto_the_line() -> None:
+    assert [percent(x) for x in (0.0, 0.0004, 0.004, 0.88, 0.996, 0.9999, 1.0)] == [
+        "0 %",
+        "under 0.1 %",
+        "0.4 %",
+        "88 %",
+        "99.6 %",
+        "over 99.9 %",
+        "100 %",
+    ]
+    assert interval(0.502, 0.94) == "50.2\u201394 %"
+    assert interval(0.0, 0.5) == "0\u201350 %"
+
+
+def test_names_and_cost_come_from_the_judgements_when_not_given() -> None:
+    report = build_report(results(win=3))
+    assert (report.base_model, report.tuned_model, report.judge) == ("base", "tuned", "judge")
+    assert report.cost_usd == pytest.approx(0.06)
+    assert report.created_with["prefopt"]
+
+
+def test_answers_keep_their_order_result_and_cut_off_marks() -> None:
+    report = build_report([judged(0, "win"), judged(1, "flip"), judged(2, "failed")])
+    assert [(p.result, p.flipped, p.failures) for p in report.answers] == [
+        ("win", False, ()),
+        ("tie", True, ()),
+        ("unscored", False, ("refused", "refused")),
+    ]
+    assert report.answers[0].after == "Short and good."
+    assert report.answers[0].before_cut_off
+    assert not report.answers[0].after_cut_off
+
+
+def test_an_impossible_or_lonely_perplexity_is_refused() -> None:
+    with pytest.raises(ValueError, match="perplexity_tuned must be a finite number"):
+        build_report(results(win=1), perplexity_base=10.0, perplexity_tuned=float("nan"))
+    with pytest.raises(ValueError, match="Give both or neither"):
+        build_report(results(win=1), perplexity_base=10.0)
+
+
+def test_labels_are_counted_with_every_reason() -> None:
+    prompt = Prompt.from_text("q")
+    answers = tuple(Candidate(prompt=prompt, text=t, model="m") for t in "abc")
+    group = PreferenceGroup(
+        prompt=prompt,
+        answers=answers,
+        preferences=(
+            Preference(chosen=0, rejected=1, p_chosen=0.9),
+            Preference(chosen=0, rejected=2, p_chosen=0.9),
+        ),
+    )
+    empty = PreferenceGroup(prompt=Prompt.from_text("r"), answers=(), preferences=())
+    left_out = [
+        LeftOut(prompt_id="r", comparison_id=str(i), reason=reason)
+        for i, reason in enumerate(["tie", "flipped", "flipped"])
+    ]
+    counts = count_labels([group, empty], left_out, results(win=2, flip=1, failed=1))
+    assert counts == LabelCounts(
+        n_prompts=1, n_pairs=2, left_out={"flipped": 2, "tie": 1}, flip_rate=1 / 3
+    )
+    assert count_labels([group], []).flip_rate is None
+
+
+def test_all_four_files_are_written_and_are_the_same_every_time(tmp_path: Path) -> None:
+    report = full_report()
+    paths = write_report(report, tmp_path / "one")
+    assert sorted(paths) == ["html", "json", "md", "png"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+        "report.png",
+    ]
+    assert msgspec.json.decode(paths["json"].read_bytes(), type=EvalReport) == report
+    again = write_report(report, tmp_path / "two")
+    for ending, path in paths.items():
+        assert path.read_bytes() == again[ending].read_bytes(), ending
+
+
+def test_the_picture_is_a_png_of_the_promised_size(tmp_path: Path) -> None:
+    content = write_report(full_report(), tmp_path)["png"].read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (1600, 896)
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot write"):
+        write_report(build_report(results(win=1)), tmp_path / "file")
+
+
+def test_the_page_is_well_formed_needs_nothing_from_outside_and_runs_nothing() -> None:
+    html = report_html(full_report())
+    page = Page(html)
+    assert [name for name, count in page.ids.items() if count > 1] == []
+    assert page.tags["script"] == page.tags["link"] == page.tags["img"] == page.tags["iframe"] == 0
+    assert "http://" not in html.replace("http://www.w3.org/", "")
+    assert "https://" not in html
+    assert page.tags["svg"] == 6
+    assert "prefers-color-scheme: dark" in html
+    for heading in ("Do not be fooled", "Training", "Health of the run", "Labels trained on"):
+        assert heading in page.text
+
+
+def test_drawings_take_all_their_colours_from_the_page() -> None:
+    html = report_html(full_report())
+    drawings = html[html.index("<svg") : html.rindex("</svg>")].split("<svg")
+    for drawing in drawings[1:]:
+        inside = drawing[: drawing.find("</svg>")]
+        assert "var(--ink)" in inside or "var(--muted)" in inside
+        assert "fill: #" not in inside
+        assert "stroke: #" not in inside
+
+
+def test_whatever_a_model_or_person_wrote_is_shown_as_text() -> None:
+    report = build_report(
+        [
+            judged(
+                0,
+                "win",
+                before=HOSTILE,
+                after=HOSTILE,
+                prompt=HOSTILE,
+                tuned=HOSTILE,
+                rationale=HOSTILE,
+            )
+        ],
+        title=HOSTILE,
+        base_model=HOSTILE,
+        judge=HOSTILE,
+        judge_note=HOSTILE,
+        rubric=Rubric(name=HOSTILE, text=HOSTILE),
+        prompts_name=HOSTILE,
+        perplexity_base=2.0,
+        perplexity_tuned=2.0,
+        perplexity_text=HOSTILE,
+        health=[HealthNote(level="ok", message=HOSTILE)],
+        labels=LabelCounts(n_prompts=1, n_pairs=1, left_out={HOSTILE: 1}),
+        preflight=[HOSTILE],
+        seeds={HOSTILE: 1},
+        details={HOSTILE: HOSTILE},
+        created_at=HOSTILE,
+    )
+    html = report_html(report)
+    page = Page(html)
+    assert page.tags["script"] == page.tags["img"] == 0
+    assert page.attributes["onerror"] == 0
+    assert html.count("&lt;script&gt;") >= 17
+    assert page.text.count(HOSTILE) >= 15
+    assert page.tags == Page(report_html(msgspec.structs.replace(report, title="t"))).tags
+
+
+def test_markdown_keeps_hostile_text_inside_its_fence() -> None:
+    report = build_report([judged(0, "win", after=f"before\n{HOSTILE}\n# after")], title=HOSTILE)
+    lines = report_markdown(report).splitlines()
+    fences = [i for i, line in enumerate(lines) if line.startswith("````")]
+    assert len(fences) == 2
+    inside = lines[fences[0] + 1 : fences[1]]
+    assert inside == ["before", HOSTILE, "# after"]
+    outside = "\n".join(lines[: fences[0]])
+    assert "\\<script\\>" in outside
+    assert "<script>" not in outside.replace("\\<script\\>", "")
+
+
+def test_a_partial_report_leaves_out_what_it_does_not_know(tmp_path: Path) -> None:
+    report = build_report(results(win=5, loss=1))
+    paths = write_report(report, tmp_path)
+    page = Page(paths["html"].read_text())
+    assert "Whether it forgot anything was not measured." in page.text
+    for absent in ("Training", "Health of the run", "Labels trained on", "Perplexity"):
+        assert absent not in page.text
+        assert absent not in paths["md"].read_text()
+    assert page.tags["svg"] == 2
+
+
+def test_all_answers_are_on_the_page_and_those_beyond_the_first_8_are_folded() -> None:
+    html = report_html(build_report(results(win=7, loss=5)))
+    page = Page(html)
+    assert [f"answer-{n}" in page.ids for n in range(1, 13)] == [True] * 12
+    assert "Show the other 4 answers" in page.text
+    folded = html[html.index('<details class="rest">') :]
+    assert 'id="answer-8"' not in folded
+    assert 'id="answer-9"' in folded
+    assert [html.count(f'href="#answer-{n}"') for n in (7, 8, 12)] == [0, 1, 1]
+    assert "Show the other" not in report_html(build_report(results(win=8)))
+
+
+@pytest.mark.parametrize(
+    "comparisons",
+    [
+        [judged(0, "win")],
+        [judged(0, "loss", after="")],
+        [judged(0, "tie", before="", after="")],
+        results(win=200, tie=200, loss=200),
+    ],
+    ids=["one win", "an empty answer", "only empty answers", "hundreds"],
+)
+def test_extreme_results_can_be_drawn(comparisons: list[JudgedComparison]) -> None:
+    page = Page(report_html(build_report(comparisons)))
+    assert page.tags["svg"] == 2
+
+
+def test_gaps_in_the_training_log_are_gaps_in_the_curve_not_zeros() -> None:
+    training = [
+        CurvePoint(step=1, loss=0.7),
+        CurvePoint(step=2, loss=float("nan"), margin=0.1),
+        CurvePoint(step=3, loss=0.5),
+    ]
+    page = Page(report_html(build_report(results(win=2), training=training)))
+    assert page.tags["svg"] == 3  # the loss has two points; the margin's single one is no curve
+    one = Page(report_html(build_report(results(win=2), training=training[:1])))
+    assert "too few for a curve" in one.text
+
+
+def test_drawing_leaves_pyplot_and_its_settings_alone() -> None:
+    import sys
+
+    import matplotlib
+
+    before, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+    report_html(full_report())
+    assert dict(matplotlib.rcParams) == before
+    assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("# big", "\\# big"),
+        ("1. one", "1\\. one"),
+        ("- item", "\\- item"),
+        ("3.11.7", "3.11.7"),
+        ("a\n\n* b", "a \\* b"),
+    ],
+)
+def test_a_title_in_markdown_stays_one_line_of_plain_text(text: str, shown: str) -> None:
+    first = report_markdown(build_report(results(win=1), title=text)).splitlines()[0]
+    assert first == f"# {shown}"
