@@ -1,0 +1,117 @@
+"""prefopt: from prompts to a model that answers the way you prefer.
+
+    prompts = prefopt.load_prompts("prompts.jsonl")
+    candidates = prefopt.sample_candidates(prompts, "Qwen/Qwen3-0.6B", k=4)
+    judged = prefopt.judge_comparisons(prefopt.pair_candidates(candidates), judge)
+    preferences = prefopt.build_preferences(judged)
+    result = prefopt.train_dpo(preferences.groups, "Qwen/Qwen3-0.6B", "adapter")
+    report = prefopt.evaluate_model(held_out, "Qwen/Qwen3-0.6B", "adapter", "report")
+
+Names are loaded when they are first used, so `import prefopt` stays fast.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefopt.data.dataset_card import dataset_card as dataset_card
+    from prefopt.data.preference_data import load_preferences as load_preferences
+    from prefopt.data.preference_data import preference_rows as preference_rows
+    from prefopt.data.preference_data import push_preferences as push_preferences
+    from prefopt.data.preference_data import save_preferences as save_preferences
+    from prefopt.data.preference_data import to_dataset as to_dataset
+    from prefopt.data.preflight import preflight as preflight
+    from prefopt.data.prompts import load_prompts as load_prompts
+    from prefopt.data.prompts import split_by_prompt as split_by_prompt
+    from prefopt.data.records import read_records as read_records
+    from prefopt.data.records import write_records as write_records
+    from prefopt.evaluation.eval_report import EvalReport as EvalReport
+    from prefopt.evaluation.eval_report import write_report as write_report
+    from prefopt.evaluation.evaluate import evaluate_answers as evaluate_answers
+    from prefopt.evaluation.evaluate import evaluate_model as evaluate_model
+    from prefopt.evaluation.win_rate import win_rate as win_rate
+    from prefopt.flow import FlowConfig as FlowConfig
+    from prefopt.flow import run_flow as run_flow
+    from prefopt.judges import Judge as Judge
+    from prefopt.judges import Rubric as Rubric
+    from prefopt.judges import judge_comparisons as judge_comparisons
+    from prefopt.judges import load_judge as load_judge
+    from prefopt.models import LanguageModel as LanguageModel
+    from prefopt.models import LoRASettings as LoRASettings
+    from prefopt.models import load_model as load_model
+    from prefopt.models import merge_adapter as merge_adapter
+    from prefopt.models import push_adapter as push_adapter
+    from prefopt.preferences import build_preferences as build_preferences
+    from prefopt.preferences import pair_candidates as pair_candidates
+    from prefopt.sampling.candidates import SamplingSettings as SamplingSettings
+    from prefopt.sampling.candidates import sample_candidates as sample_candidates
+    from prefopt.training.dpo import DPOSettings as DPOSettings
+    from prefopt.training.dpo import train_dpo as train_dpo
+    from prefopt.types import Candidate as Candidate
+    from prefopt.types import Comparison as Comparison
+    from prefopt.types import JudgedComparison as JudgedComparison
+    from prefopt.types import Preference as Preference
+    from prefopt.types import PreferenceGroup as PreferenceGroup
+    from prefopt.types import Prompt as Prompt
+    from prefopt.types import Verdict as Verdict
+
+_HOMES = {
+    "dataset_card": "data.dataset_card",
+    "load_preferences": "data.preference_data",
+    "preference_rows": "data.preference_data",
+    "push_preferences": "data.preference_data",
+    "save_preferences": "data.preference_data",
+    "to_dataset": "data.preference_data",
+    "preflight": "data.preflight",
+    "load_prompts": "data.prompts",
+    "split_by_prompt": "data.prompts",
+    "read_records": "data.records",
+    "write_records": "data.records",
+    "EvalReport": "evaluation.eval_report",
+    "write_report": "evaluation.eval_report",
+    "evaluate_answers": "evaluation.evaluate",
+    "evaluate_model": "evaluation.evaluate",
+    "win_rate": "evaluation.win_rate",
+    "FlowConfig": "flow",
+    "run_flow": "flow",
+    "Judge": "judges",
+    "Rubric": "judges",
+    "judge_comparisons": "judges",
+    "load_judge": "judges",
+    "LanguageModel": "models",
+    "LoRASettings": "models",
+    "load_model": "models",
+    "merge_adapter": "models",
+    "push_adapter": "models",
+    "build_preferences": "preferences",
+    "pair_candidates": "preferences",
+    "SamplingSettings": "sampling.candidates",
+    "sample_candidates": "sampling.candidates",
+    "DPOSettings": "training.dpo",
+    "train_dpo": "training.dpo",
+    "Candidate": "types",
+    "Comparison": "types",
+    "JudgedComparison": "types",
+    "Preference": "types",
+    "PreferenceGroup": "types",
+    "Prompt": "types",
+    "Verdict": "types",
+}
+
+__all__ = [*_HOMES, "__version__"]
+__version__ = version("prefopt")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module it lives in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prefopt' has no attribute {name!r}")
+    value = getattr(import_module(f"prefopt.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

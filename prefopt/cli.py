@@ -1,0 +1,362 @@
+"""The `prefopt` command: every subcommand is one library call.
+
+Options are the call's own arguments, from flags or from a YAML file (`--config file.yaml`); a key
+that no argument has is an error. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+from prefopt.errors import PrefoptError
+from prefopt.flow import FlowConfig, run_flow
+from prefopt.models import Device, LoRASettings
+from prefopt.sampling.candidates import SamplingSettings
+from prefopt.training.dpo import DPOSettings
+
+_DESCRIPTION = """\
+From prompts to a model that answers the way you prefer.
+
+  prefopt run --out runs/first          the whole way, offline, with the built-in demo model
+  prefopt run --config my.yaml          the same with your prompts, model and judge
+  prefopt run --print_config > my.yaml  a file with every option, to start from
+
+The same way in steps, each reading the file that the last one wrote:
+
+  prefopt sample    --prompts prompts.jsonl --model Qwen/Qwen3-0.6B --out candidates.jsonl
+  prefopt judge     --candidates candidates.jsonl --judge anthropic:claude-sonnet-5-5 \\
+                    --max_usd 5 --out judged.jsonl --preferences preferences.jsonl
+  prefopt train dpo --preferences preferences.jsonl --model Qwen/Qwen3-0.6B --out adapter
+  prefopt evaluate  --prompts held_out.jsonl --model Qwen/Qwen3-0.6B --adapter adapter --out report
+
+Every command has its own --help. A command that was stopped goes on when it is called again.
+"""
+
+
+def sample(
+    out: str,
+    prompts: str = "everyday",
+    model: str = "demo",
+    adapter: str | None = None,
+    k: int = 4,
+    sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Sample K answers to each prompt.
+
+    Example: prefopt sample --prompts prompts.jsonl --model demo --k 4 --out candidates.jsonl
+
+    Args:
+        out: JSONL file for the answers, one a line. Unfinished work is kept in `<out>.partial`.
+        prompts: "everyday" (built in), a .jsonl, .json, .parquet or .txt file, or a Hub dataset.
+        model: "demo", a folder, or a Hub id.
+        adapter: a LoRA adapter to sample with.
+        k: answers a prompt; two or more are needed to compare them.
+        sampling: temperature, lengths, batch size.
+        seed: the same seed gives the same answers on the same machine.
+        device: "auto" takes a GPU where there is one.
+    """
+    from pathlib import Path
+
+    from prefopt.data.prompts import load_prompts
+    from prefopt.data.records import write_records
+    from prefopt.models import load_model
+    from prefopt.sampling.candidates import sample_candidates
+
+    asked = load_prompts(prompts)
+    loaded = load_model(model, adapter=adapter, device=device)
+    partial = Path(f"{out}.partial")
+    candidates = sample_candidates(
+        asked, loaded, k=k, settings=sampling, seed=seed, partial=partial
+    )
+    write_records(out, candidates)
+    partial.unlink(missing_ok=True)
+    print(f"{len(candidates)} answers to {len(asked)} prompts in {out}")
+
+
+def judge(
+    candidates: str,
+    out: str,
+    judge: str = "rules:house_style",
+    rubric: str = "house_style",
+    max_usd: float | None = None,
+    preferences: str | None = None,
+    select: Literal["all", "best_worst"] = "all",
+    min_margin: float = 1.0,
+    ledger: str | None = None,
+) -> None:
+    """Compare the answers to each prompt, in both orders, and keep what was decided.
+
+    Example: prefopt judge --candidates candidates.jsonl --judge anthropic:claude-sonnet-5-5
+    --max_usd 5 --out judged.jsonl --preferences preferences.jsonl
+
+    Args:
+        candidates: JSONL file that `prefopt sample` wrote.
+        out: JSONL file for the judged comparisons.
+        judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
+        rubric: what better means: "house_style", "helpful", or a text file.
+        max_usd: the most a paid judge may spend, in US dollars.
+        preferences: file for the preferences (.jsonl or .parquet), as TRL's trainers read them.
+        select: "all" decided pairs, or the "best_worst" pair of each prompt.
+        min_margin: the least mean grade over both orders, in (0, 2], that counts as a preference.
+        ledger: SQLite file with every verdict, so that none is paid for twice. Default `<out>.sqlite`.
+    """
+    from prefopt.data.preference_data import save_preferences
+    from prefopt.data.records import read_records, write_records
+    from prefopt.judges import judge_comparisons, load_judge
+    from prefopt.preferences import build_preferences, pair_candidates
+    from prefopt.types import Candidate
+
+    comparisons = pair_candidates(read_records(candidates, Candidate))
+    asked = load_judge(judge, rubric=rubric, max_usd=max_usd)
+    judged = judge_comparisons(comparisons, asked, ledger=ledger or f"{out}.sqlite")
+    write_records(out, judged)
+    found = build_preferences(judged, min_margin=min_margin, select=select)
+    print(found)
+    if preferences is not None:
+        save_preferences(found.groups, preferences)
+
+
+def train_dpo(
+    preferences: str,
+    out: str,
+    model: str = "demo",
+    lora: LoRASettings = LoRASettings(),  # noqa: B008  frozen
+    dpo: DPOSettings = DPOSettings(),  # noqa: B008  frozen
+    device: Device = "auto",
+) -> None:
+    """Train a LoRA adapter on preferences with DPO, after a check of the data.
+
+    Example: prefopt train dpo --preferences preferences.jsonl --model demo --out adapter --lora.r 16
+
+    Args:
+        preferences: .jsonl, .json, .parquet or a Hub dataset with prompt, chosen and rejected, in
+            TRL's standard or conversational form.
+        out: folder for the adapter, its model card and its training log.
+        model: "demo", a folder, or a Hub id.
+        lora: which adapter is trained.
+        dpo: how it is trained.
+        device: "auto" takes a GPU where there is one.
+    """
+    from prefopt.data.preference_data import load_preferences
+    from prefopt.data.preflight import preflight
+    from prefopt.models import load_model
+    from prefopt.training.dpo import train_dpo as train
+
+    groups = load_preferences(preferences)
+    loaded = load_model(model, device=device)
+    checked = preflight(groups, loaded.tokenizer, max_length=dpo.max_length)
+    print(checked.to_text())
+    checked.raise_for_errors()
+    result = train(groups, model, out, settings=dpo, lora=lora, device=device)
+    for note in result.health:
+        print(f"{note.level}: {note.message}")
+    print(f"adapter in {result.adapter}; the reference was {result.reference}")
+
+
+def evaluate(
+    out: str,
+    prompts: str = "everyday",
+    model: str = "demo",
+    adapter: str | None = None,
+    tuned_answers: str | None = None,
+    base_answers: str | None = None,
+    judge: str = "rules:house_style",
+    rubric: str = "house_style",
+    max_usd: float | None = None,
+    sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
+    seed: int = 1,
+    device: Device = "auto",
+) -> None:
+    """Compare a tuned model with its base model, or two answer files, and write a report.
+
+    Example: prefopt evaluate --prompts held_out.jsonl --model demo --adapter adapter --out report
+
+    Args:
+        out: folder for report.html, report.md, report.json and report.png.
+        prompts: prompts that the model was not trained on.
+        model: the base model.
+        adapter: the tuned adapter. Not needed with two answer files.
+        tuned_answers: JSONL of answers by the tuned side, instead of sampling them.
+        base_answers: JSONL of answers by the base side, instead of sampling them.
+        judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
+        rubric: what better means: "house_style", "helpful", or a text file.
+        max_usd: the most a paid judge may spend, in US dollars.
+        sampling: how the answers are sampled.
+        seed: of the sampling.
+        device: "auto" takes a GPU where there is one.
+    """
+    from prefopt.evaluation.evaluate import evaluate_answers, evaluate_model
+
+    options: dict[str, Any] = {"judge": judge, "rubric": rubric, "max_usd": max_usd}
+    if tuned_answers is not None or base_answers is not None:
+        report = evaluate_answers(tuned_answers, base_answers, out, **options)
+    else:
+        report = evaluate_model(
+            prompts, model, adapter, out, sampling=sampling, seed=seed, device=device, **options
+        )
+    _tell(report, out)
+
+
+def run(config: FlowConfig, on_change: Literal["refuse", "redo"]) -> None:
+    """The whole way: sample, judge, train, report, in one folder that can be stopped and continued.
+
+    Example: prefopt run --out runs/first --model demo --judge rules:house_style
+    """
+    _tell(run_flow(config, on_change=on_change), f"{config.out}/report")
+
+
+def _tell(report: Any, folder: str) -> None:
+    from prefopt.evaluation.advice import advice_for
+
+    advice = advice_for(report)
+    print(f"\n{advice.headline} {advice.forgetting}")
+    print(f"Read on: {folder}/report.html")
+
+
+def merge(model: str, adapter: str, out: str) -> None:
+    """Fold an adapter into its base model, for tools that do not read adapters.
+
+    Example: prefopt merge --model demo --adapter runs/first/adapter --out merged
+
+    Args:
+        model: the base model that the adapter was trained on.
+        adapter: the adapter's folder.
+        out: folder for the merged model.
+    """
+    from prefopt.models import merge_adapter
+
+    print(f"merged model in {merge_adapter(model, adapter, out)}")
+
+
+def build_parser() -> Any:
+    """The argument parser of all commands; options come from the signatures above."""
+    parser = _parser("prefopt COMMAND [options]", _DESCRIPTION)
+    commands = parser.add_subcommands(required=True)
+    usages = {
+        sample: "sample --out FILE",
+        judge: "judge --candidates FILE --out FILE",
+        evaluate: "evaluate --adapter FOLDER --out FOLDER",
+        merge: "merge --model NAME --adapter FOLDER --out FOLDER",
+    }
+    for function, usage in usages.items():
+        sub = _command(function, usage)
+        sub.add_function_arguments(function, as_group=False)
+        commands.add_subcommand(function.__name__, sub, help=_summary(function))
+    sub = _run_command("prefopt run --out FOLDER [options]", _text(run), FlowConfig)
+    commands.add_subcommand("run", sub, help=_summary(run))
+    train = _parser("prefopt train METHOD [options]", "Train on preferences.")
+    # jsonargparse wants an outer level registered before the inner one is filled.
+    commands.add_subcommand("train", train, help="Train on preferences: prefopt train dpo --help")
+    methods = train.add_subcommands(required=True, dest="method")
+    sub = _command(train_dpo, "train dpo --preferences FILE --out FOLDER")
+    sub.add_function_arguments(train_dpo, as_group=False)
+    methods.add_subcommand("dpo", sub, help=_summary(train_dpo))
+    return parser
+
+
+def _parser(usage: str, description: str) -> Any:
+    import argparse
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):  # type: ignore[misc]
+        """Keeps the line breaks of descriptions and shows defaults."""
+
+    return ArgumentParser(
+        prog="prefopt", usage=usage, description=description, formatter_class=HelpFormatter
+    )
+
+
+def _command(function: Any, usage: str) -> Any:
+    from jsonargparse import ActionConfigFile
+
+    parser = _parser(f"prefopt {usage} [options]", _text(function))
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with options")
+    return parser
+
+
+def _run_command(usage: str, description: str, config_class: type[FlowConfig]) -> Any:
+    from jsonargparse import ActionConfigFile
+
+    parser = _parser(usage, description)
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with options")
+    parser.add_class_arguments(config_class, as_group=False)
+    parser.add_argument(
+        "--on_change",
+        type=Literal["refuse", "redo"],
+        default="refuse",
+        help="when the folder holds a run with other options: refuse, or redo the stages that "
+        "depend on them",
+    )
+    return parser
+
+
+def _text(function: Any) -> str:
+    import inspect
+
+    return (inspect.getdoc(function) or "").split("\n\nArgs:")[0]
+
+
+def _summary(function: Any) -> str:
+    return _text(function).splitlines()[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 refused, 130 stopped by the user)."""
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    return _guarded(lambda: _dispatch(parser.instantiate_classes(parsed)))
+
+
+def run_recipe(config_class: type[FlowConfig], arguments: list[str] | None = None) -> int:
+    """Run the flow from a recipe, with its own defaults and `prefopt run`'s options."""
+    story = sys.modules[config_class.__module__].__doc__ or ""
+    parser = _run_command("python recipes/RECIPE.py [options]", story, config_class)
+    values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
+    values.pop("config", None)
+    on_change = values.pop("on_change")
+    return _guarded(lambda: run(config_class(**values), on_change))
+
+
+def _guarded(work: Callable[[], None]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "httpx2", "transformers", "datasets", "huggingface_hub", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        work()
+    except (PrefoptError, ValueError) as error:
+        print(f"prefopt: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nprefopt: stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _dispatch(parsed: Any) -> None:
+    name = parsed.subcommand
+    options = parsed[name]
+    if name == "train":
+        name, options = f"train_{options.method}", options[options.method]
+    values = {key: value for key, value in vars(options).items() if key != "config"}
+    if name == "run":
+        on_change = values.pop("on_change")
+        run(FlowConfig(**values), on_change)
+        return
+    functions: dict[str, Callable[..., None]] = {
+        "sample": sample,
+        "judge": judge,
+        "evaluate": evaluate,
+        "merge": merge,
+        "train_dpo": train_dpo,
+    }
+    functions[name](**values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The main job in one call: prompts -> candidates -> judged -> preferences -> DPO -> report.
+
+Each arrow is one public function of prefopt; this module only puts them in order, inside a run
+folder that can be killed and continued. `prefopt run` and `recipes/quickstart.py` are this function.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from prefopt.models import Device, LoRASettings
+from prefopt.sampling.candidates import SamplingSettings
+from prefopt.training.dpo import DPOSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Everything the main job needs to know.
+
+    Args:
+        out: the run's folder; the same folder continues the same run.
+        prompts: "everyday" (built in), a file (.jsonl, .json, .parquet, .txt) or a Hub dataset.
+        held_out: prompts kept away from training for the report: a number (60) or a share (0.3).
+        model: the base model: "demo", a folder, or a Hub id.
+        judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
+        rubric: what better means: "house_style", "helpful", or a text file.
+        max_usd: the most a paid judge may spend in this run; required for one.
+        k: answers sampled a prompt, at least 2.
+        select: which preferences are trained on: "best_worst" one a prompt, "all" every decided pair.
+        min_margin: the least mean grade over both orders, in (0, 2], that counts as a preference.
+        sampling: how answers are sampled, for training and for the report.
+        lora: which adapter is trained.
+        dpo: how it is trained.
+        device: "auto" takes a GPU where there is one.
+        seed: of the split, the sampling, the adapter and the order of training.
+    """
+
+    out: str
+    prompts: str = "everyday"
+    held_out: float = 60
+    model: str = "demo"
+    judge: str = "rules:house_style"
+    rubric: str = "house_style"
+    max_usd: float | None = None
+    k: int = 4
+    select: Literal["best_worst", "all"] = "best_worst"
+    min_margin: float = 1.0
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    dpo: DPOSettings = field(default_factory=DPOSettings)
+    device: Device = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.k < 2:
+            problems.append(
+                f"k must be at least 2, got {self.k}: with one answer a prompt there is nothing to "
+                "compare"
+            )
+        if self.held_out <= 0:
+            problems.append(f"held_out must be positive, got {self.held_out}")
+        if problems:
+            raise ValueError("flow settings: " + "; ".join(problems) + ".")
+
+
+def run_flow(
+    config: FlowConfig,
+    *,
+    on_change: Literal["refuse", "redo"] = "refuse",
+    progress: bool = True,
+) -> Any:
+    """Do the main job, or continue it, and return its `EvalReport`.
+
+    All input is checked before anything is sampled or paid for. The folder then holds, in order:
+    `train_prompts.jsonl`, `held_out_prompts.jsonl`, `candidates.jsonl`, `judged.jsonl`,
+    `preferences.jsonl`, `left_out.jsonl`, `dataset/`, `adapter/`, `answers_base.jsonl`,
+    `answers_tuned.jsonl`, `judged_held_out.jsonl` and `report/`.
+
+    Raises:
+        DataError, ModelError, JudgeError, TrainingError: see the stage that raised it.
+        RunError: the folder holds another run, is in use, or was changed from outside.
+    """
+    from prefopt.data.dataset_card import dataset_card
+    from prefopt.data.preference_data import save_preferences
+    from prefopt.data.preflight import preflight
+    from prefopt.data.prompts import load_prompts, split_by_prompt
+    from prefopt.data.records import write_bytes
+    from prefopt.evaluation.eval_report import (
+        EvalReport,
+        build_report,
+        count_labels,
+        write_report,
+    )
+    from prefopt.evaluation.evaluate import compare_answers, measure_forgetting, training_curve
+    from prefopt.judges import judge_comparisons, load_judge
+    from prefopt.models import load_model, model_fingerprint, resolve_device
+    from prefopt.preferences import build_preferences, pair_candidates
+    from prefopt.runs import Run
+    from prefopt.sampling.candidates import sample_candidates
+    from prefopt.training.dpo import load_training_log, train_dpo
+    from prefopt.training.health import diagnose
+    from prefopt.types import Candidate, JudgedComparison, LeftOut, PreferenceGroup, Prompt
+
+    judge = load_judge(config.judge, rubric=config.rubric, max_usd=config.max_usd)
+    prompts = load_prompts(config.prompts)
+    share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
+    train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
+    resolve_device(config.device)
+    weights = model_fingerprint(config.model)
+
+    plain = msgspec.to_builtins(config)
+    plain.pop("out")
+    plain.pop("max_usd")  # raising the limit continues the run
+    with Run(config.out, plain, on_change=on_change) as run:
+        ledger = run.folder / "judgements.sqlite"
+        train = run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
+        held_out = run.records(
+            "held_out_prompts", Prompt, lambda _: held_out, depends_on={"prompts": held_out}
+        )
+        sampling = {"model": weights, "settings": config.sampling, "seed": config.seed}
+        base = _Lazy(lambda: load_model(config.model, device=config.device))
+
+        candidates = run.records(
+            "candidates",
+            Candidate,
+            lambda partial: sample_candidates(
+                train, base(), k=config.k, settings=config.sampling, seed=config.seed,
+                partial=partial, progress=progress,
+            ),
+            depends_on={**sampling, "k": config.k, "prompts": run.sha256_of("train_prompts")},
+        )  # fmt: skip
+        judged = run.records(
+            "judged",
+            JudgedComparison,
+            lambda _: judge_comparisons(
+                pair_candidates(candidates), judge, ledger=ledger, progress=progress
+            ),
+            depends_on={"judge": judge.fingerprint, "candidates": run.sha256_of("candidates")},
+        )
+        preferences = build_preferences(judged, min_margin=config.min_margin, select=config.select)
+        labels = {
+            "judged": run.sha256_of("judged"),
+            "select": config.select,
+            "min_margin": config.min_margin,
+        }
+        groups = run.records(
+            "preferences", PreferenceGroup, lambda _: preferences.groups, depends_on=labels
+        )
+        run.records("left_out", LeftOut, lambda _: preferences.left_out, depends_on=labels)
+        logger.info("%s", preferences)
+
+        def make_dataset(folder: Path) -> None:
+            save_preferences(groups, folder / "train.jsonl")
+            card = dataset_card(
+                groups,
+                judge=judge.name,
+                left_out=preferences.left_out,
+                cost_usd=_spent(ledger),
+                source=f"{config.k} answers a prompt sampled from {config.model}",
+            )
+            write_bytes(folder / "README.md", card.encode())
+
+        run.path(
+            "dataset",
+            "dataset",
+            make_dataset,
+            depends_on={"preferences": run.sha256_of("preferences")},
+        )
+
+        checked = preflight(
+            groups, base().tokenizer, max_length=config.dpo.max_length, held_out=held_out
+        )
+        checked.raise_for_errors()
+
+        dpo = replace(config.dpo, seed=config.seed)
+        adapter_needs = {
+            "model": weights,
+            "preferences": run.sha256_of("preferences"),
+            "dpo": dpo,
+            "lora": config.lora,
+        }
+        base.forget()  # training attaches an adapter to a model of its own
+        adapter = run.path(
+            "adapter",
+            "adapter",
+            lambda folder: train_dpo(
+                groups, config.model, folder, settings=dpo, lora=config.lora,
+                device=config.device, checkpoints=run.folder / ".partial" / "checkpoints",
+                progress=progress,
+            ),
+            depends_on=adapter_needs,
+        )  # fmt: skip
+
+        tuned = _Lazy(lambda: load_model(config.model, adapter=adapter, device=config.device))
+        asked = {**sampling, "prompts": run.sha256_of("held_out_prompts")}
+        answers_tuned = run.records(
+            "answers_tuned",
+            Candidate,
+            lambda partial: sample_candidates(
+                held_out, tuned(), k=1, settings=config.sampling, seed=config.seed + 1,
+                partial=partial, progress=progress, description="answering (tuned model)",
+            ),
+            depends_on={**asked, "adapter": run.sha256_of("adapter")},
+        )  # fmt: skip
+
+        def sample_base(partial: Path) -> list[Candidate]:
+            with tuned().adapter_off() as model:
+                return sample_candidates(
+                    held_out, replace(model, name=config.model), k=1, settings=config.sampling,
+                    seed=config.seed + 1, partial=partial, progress=progress,
+                    description="answering (base model)",
+                )  # fmt: skip
+
+        answers_base = run.records("answers_base", Candidate, sample_base, depends_on=asked)
+        judged_held_out = run.records(
+            "judged_held_out",
+            JudgedComparison,
+            lambda _: judge_comparisons(
+                compare_answers(answers_tuned, answers_base), judge, ledger=ledger,
+                progress=progress,
+            ),
+            depends_on={
+                "judge": judge.fingerprint,
+                "tuned": run.sha256_of("answers_tuned"),
+                "base": run.sha256_of("answers_base"),
+            },
+        )  # fmt: skip
+
+        def make_report(folder: Path) -> None:
+            points = load_training_log(adapter)
+            report = build_report(
+                judged_held_out,
+                title="DPO against its base model",
+                base_model=config.model,
+                tuned_model=f"{config.model} + LoRA (DPO)",
+                judge=judge.name,
+                rubric=judge.rubric,
+                prompts_name="held-out prompts",
+                training=training_curve(points),
+                health=diagnose(points, beta=dpo.beta),
+                labels=count_labels(groups, preferences.left_out, judged),
+                preflight=checked.to_text().splitlines(),
+                cost_usd=_spent(ledger),
+                seeds={"run": config.seed},
+                **measure_forgetting(tuned())._asdict(),
+            )
+            write_report(report, folder)
+
+        folder = run.path(
+            "report",
+            "report",
+            make_report,
+            depends_on={
+                "judged": run.sha256_of("judged_held_out"),
+                "adapter": run.sha256_of("adapter"),
+            },
+        )
+        return msgspec.json.decode((folder / "report.json").read_bytes(), type=EvalReport)
+
+
+class _Lazy:
+    """A model that is loaded when it is first needed: a finished stage needs none."""
+
+    def __init__(self, load: Any) -> None:
+        self._load, self._loaded = load, None
+
+    def __call__(self) -> Any:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def forget(self) -> None:
+        """Free the memory; the next call loads again."""
+        self._loaded = None
+
+
+def _spent(ledger: Path) -> float:
+    from prefopt.judges.ledger import Ledger
+
+    with Ledger(ledger) as book:
+        return book.spent_usd()

@@ -1,0 +1,301 @@
+"""A run is a folder that can be killed at any moment and continued.
+
+    run.json        the configuration the folder was made with
+    manifest.json   one entry a finished stage: what it depended on, its content hash, time, count;
+                    and the versions, platform and seed
+    <stage>.jsonl   a data stage             <stage>/   a stage that makes a folder
+    .partial/       unfinished work that the next call goes on with
+
+A stage is finished when the manifest says so; its file was complete before that. It is reused only
+when everything it depends on is unchanged. This module knows no stage by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import filelock
+import msgspec
+
+from prefopt.data.records import read_records, unwritable, write_bytes, write_records
+from prefopt.errors import RunError
+from prefopt.types import content_hash
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_VERSIONS_OF = ("prefopt", "torch", "transformers", "trl", "peft", "datasets", "anthropic")
+
+
+class StageEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What the manifest keeps about a finished stage."""
+
+    depends_on: dict[str, str]
+    sha256: str
+    seconds: float
+    n_records: int | None = None
+
+
+class Manifest(msgspec.Struct, kw_only=True):
+    """The run's record of what was made, by what, from what."""
+
+    versions: dict[str, str]
+    platform: str
+    seed: int | None
+    stages: dict[str, StageEntry] = {}
+
+
+class Run:
+    """An opened run folder; use it as a context manager, so that no second process writes to it."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: dict[str, Any],
+        *,
+        on_change: Literal["refuse", "redo"] = "refuse",
+    ) -> None:
+        """Open or create the folder.
+
+        Args:
+            folder: where the run lives.
+            config: everything the user chose, as plain data.
+            on_change: what to do when the folder was made with another configuration: "refuse"
+                raises RunError naming the differences; "redo" makes the stages again that depend
+                on them and moves their old results to `superseded/`.
+        """
+        self.folder = Path(folder)
+        self.on_change = on_change
+        self._config = json.loads(msgspec.json.encode(config))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(self.folder / ".lock")
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise RunError(
+                f"another process is working in {self.folder}. Wait for it, or choose another folder."
+            ) from error
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self) -> None:
+        config_path, manifest_path = self.folder / "run.json", self.folder / "manifest.json"
+        if config_path.exists():
+            stored = self._read_json(config_path)
+            changes = _differences(stored, self._config)
+            if changes and self.on_change == "refuse":
+                raise RunError(
+                    f"{self.folder} was made with another configuration:\n"
+                    + "\n".join(f"  - {line}" for line in changes)
+                    + "\nChoose another folder, restore the values, or pass on_change=redo to make "
+                    "the stages that depend on them again."
+                )
+            for line in changes:
+                logger.warning("changed: %s", line)
+        write_bytes(config_path, json.dumps(self._config, indent=2, ensure_ascii=False).encode())
+        if manifest_path.exists():
+            try:
+                self.manifest = msgspec.json.decode(manifest_path.read_bytes(), type=Manifest)
+            except (msgspec.MsgspecError, ValueError) as error:
+                raise RunError(
+                    f"{manifest_path} cannot be read ({error}). It is written whole or not at all, "
+                    "so it was changed from outside: restore it, or start in another folder."
+                ) from error
+        else:
+            self.manifest = Manifest(
+                versions={}, platform=platform.platform(), seed=self._config.get("seed")
+            )
+        self.manifest.versions = _versions()
+        self._write_manifest()
+
+    def _read_json(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read: {error}. Start in another folder.") from error
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def records(
+        self,
+        stage: str,
+        record_type: type[T],
+        make: Callable[[Path], Sequence[T]],
+        *,
+        depends_on: dict[str, Any],
+    ) -> list[T]:
+        """The records of a data stage: read back when it is finished, else made and written.
+
+        Args:
+            stage: its name; the file is `<stage>.jsonl`.
+            record_type: type of each record.
+            make: called with a path for partial results that survives a kill; returns the records.
+            depends_on: everything that can change the result: settings, and `run.sha256_of(...)` of
+                the stages it reads.
+        """
+        path = self.folder / f"{stage}.jsonl"
+        fingerprint = _fingerprint(depends_on)
+        if self._is_finished(stage, path, fingerprint):
+            return read_records(path, record_type)
+        started = time.monotonic()
+        partial = self.partial_path(stage, fingerprint)
+        made = make(partial)
+        count = write_records(path, made)
+        self._finish(stage, path, fingerprint, started, count)
+        partial.unlink(missing_ok=True)
+        return list(made)
+
+    def path(
+        self, stage: str, name: str, make: Callable[[Path], object], *, depends_on: dict[str, Any]
+    ) -> Path:
+        """The path of a stage that makes one file or folder called `name`.
+
+        `make` is called with the path; it must create it whole or not at all.
+        """
+        path = self.folder / name
+        fingerprint = _fingerprint(depends_on)
+        if not self._is_finished(stage, path, fingerprint):
+            started = time.monotonic()
+            make(path)
+            self._finish(stage, path, fingerprint, started, None)
+        return path
+
+    def partial_path(self, stage: str, depends_on: dict[str, str]) -> Path:
+        """Where unfinished work of a stage is kept; bound to what the stage depends on."""
+        folder = self.folder / ".partial"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{stage}-{content_hash(depends_on)[:12]}"
+
+    def sha256_of(self, stage: str) -> str:
+        """The content hash of a finished stage."""
+        return self.manifest.stages[stage].sha256
+
+    def _is_finished(self, stage: str, path: Path, fingerprint: dict[str, str]) -> bool:
+        entry = self.manifest.stages.get(stage)
+        if entry is None:
+            if path.exists():  # finished on disk, but killed before the manifest said so
+                _remove(path)
+            return False
+        changed = sorted(
+            key
+            for key in {*entry.depends_on, *fingerprint}
+            if entry.depends_on.get(key) != fingerprint.get(key)
+        )
+        if changed:
+            if self.on_change == "refuse":
+                raise RunError(
+                    f"stage {stage!r} in {self.folder} was made from something else: "
+                    f"{', '.join(changed)} changed since. Choose another folder, or pass "
+                    "on_change=redo to make it again (the old result is kept in superseded/)."
+                )
+            self._supersede(stage, path)
+            return False
+        if not path.exists():
+            raise RunError(
+                f"{path} is gone, though the manifest says that stage {stage!r} is finished. "
+                f"Restore it, or remove {stage!r} from manifest.json to make it again."
+            )
+        if _sha256(path) != entry.sha256:
+            raise RunError(
+                f"{path} is not what stage {stage!r} wrote: its content hash differs. It was edited "
+                f"or damaged. Restore it, or delete it and remove {stage!r} from manifest.json to "
+                "make it again."
+            )
+        logger.info("stage %s: reused", stage)
+        return True
+
+    def _supersede(self, stage: str, path: Path) -> None:
+        logger.warning("stage %s is made again; the old result goes to superseded/", stage)
+        entry = self.manifest.stages.pop(stage)
+        if path.exists():
+            target = self.folder / "superseded" / f"{path.name}.{entry.sha256[:8]}"
+            target.parent.mkdir(exist_ok=True)
+            _remove(target)
+            path.rename(target)
+        self._write_manifest()
+
+    def _finish(
+        self,
+        stage: str,
+        path: Path,
+        fingerprint: dict[str, str],
+        started: float,
+        count: int | None,
+    ) -> None:
+        self.manifest.stages[stage] = StageEntry(
+            depends_on=fingerprint,
+            sha256=_sha256(path),
+            seconds=round(time.monotonic() - started, 2),
+            n_records=count,
+        )
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        encoded = msgspec.json.format(msgspec.json.encode(self.manifest), indent=2)
+        write_bytes(self.folder / "manifest.json", encoded + b"\n")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS_OF:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _fingerprint(depends_on: dict[str, Any]) -> dict[str, str]:
+    """One short hash for each thing a stage depends on, so that a difference can be named."""
+    return {key: content_hash(value)[:16] for key, value in depends_on.items()}
+
+
+def _sha256(path: Path) -> str:
+    """The content hash of a file, or of a folder's file names and contents."""
+    if path.is_file():
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The leaves in which two configurations differ, as readable lines."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted({*old, *new}):
+            path = f"{where}.{key}" if where else key
+            if key not in old or key not in new:
+                lines.append(f"{path}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}")
+            else:
+                lines += _differences(old[key], new[key], path)
+        return lines
+    return [] if old == new else [f"{where}: {old} -> {new}"]
