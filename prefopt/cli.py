@@ -310,14 +310,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 refused, 130 stopped by the user)."""
     parser = build_parser()
     parsed = parser.parse_args(arguments)
-    return _guarded(lambda: _dispatch(parser.instantiate_classes(parsed)))
+    return _guarded(lambda: _dispatch(parser.instantiate(parsed)))
 
 
 def run_recipe(config_class: type[FlowConfig], arguments: list[str] | None = None) -> int:
     """Run the flow from a recipe, with its own defaults and `prefopt run`'s options."""
     story = sys.modules[config_class.__module__].__doc__ or ""
     parser = _run_command("python recipes/RECIPE.py [options]", story, config_class)
-    values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
+    values = vars(parser.instantiate(parser.parse_args(arguments)))
     values.pop("config", None)
     on_change = values.pop("on_change")
     return _guarded(lambda: run(config_class(**values), on_change))

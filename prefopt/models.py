@@ -8,7 +8,6 @@ without a hub. Nothing here knows prompts, judges or losses.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import logging
@@ -69,11 +68,16 @@ class LoRASettings:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded causal language model with its tokenizer and the name it was asked for by."""
+    """A loaded causal language model with its tokenizer.
+
+    `name` is shown to people and written beside answers; `base` is the name or folder that the base
+    weights were loaded from.
+    """
 
     name: str
     model: Any
     tokenizer: Any
+    base: str
 
     @property
     def device(self) -> Any:
@@ -162,9 +166,8 @@ def load_model(
     model.eval()
     if adapter is not None:
         model = _load_adapter(model, str(adapter), trainable)
-    return LanguageModel(
-        name=name if adapter is None else f"{name}+adapter", model=model, tokenizer=tokenizer
-    )
+    shown = name if adapter is None else f"{name}+adapter"
+    return LanguageModel(name=shown, model=model, tokenizer=tokenizer, base=name)
 
 
 def _load_adapter(model: Any, adapter: str, trainable: bool) -> Any:
@@ -225,7 +228,6 @@ def push_adapter(adapter: str | Path, repo_id: str, *, private: bool = True) -> 
     return str(info.repo_url if hasattr(info, "repo_url") else info)
 
 
-@functools.lru_cache(maxsize=16)
 def model_fingerprint(name: str) -> str:
     """A hash that changes with the weights or configuration behind a name, not with the name.
 
@@ -233,14 +235,8 @@ def model_fingerprint(name: str) -> str:
     the name itself where the hub cannot be asked (then stated in the log).
     """
     path = Path(resolve_model_path(name))
-    digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(path.iterdir()):
-            if file.suffix in {".safetensors", ".json", ".jinja", ".model"}:
-                digest.update(file.name.encode())
-                with file.open("rb") as handle:
-                    digest.update(hashlib.file_digest(handle, "sha256").digest())
-        return digest.hexdigest()
+        return _folder_fingerprint(path)
     try:
         from huggingface_hub import model_info
 
@@ -252,6 +248,24 @@ def model_fingerprint(name: str) -> str:
             type(error).__name__,
         )
         return hashlib.sha256(name.encode()).hexdigest()
+
+
+def adapter_fingerprint(name: str) -> str:
+    """The same for an adapter: by content for a folder, by name for the Hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder_fingerprint(path)
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _folder_fingerprint(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in {".safetensors", ".json", ".jinja", ".model"}:
+            digest.update(file.name.encode())
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
 
 
 def resolve_model_path(name: str) -> str:

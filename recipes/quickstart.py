@@ -27,7 +27,9 @@ class Quickstart(FlowConfig):
     out: str = "runs/quickstart"
     held_out: float = 60
     sampling: SamplingSettings = field(
-        default_factory=lambda: SamplingSettings(max_new_tokens=64, batch_size=128)
+        default_factory=lambda: SamplingSettings(
+            top_p=1.0, top_k=40, max_new_tokens=64, batch_size=128
+        )
     )
     lora: LoRASettings = field(default_factory=lambda: LoRASettings(r=16, alpha=32))
     # A few dozen steps on a tiny model: the rate is far above what a large one would bear.

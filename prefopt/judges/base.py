@@ -97,9 +97,10 @@ def judge_comparisons(
     asked: dict[str, Comparison] = {}
     plan: list[list[str]] = []
     known: dict[str, Verdict] = {}
+    fingerprint = judge.fingerprint  # once: for a local model it reads the weights
     for comparison in comparisons:
         shown = [comparison, comparison.swapped()] if orders == "both" else [comparison]
-        keys = [_verdict_key(judge, c) for c in shown]
+        keys = [_verdict_key(fingerprint, c) for c in shown]
         plan.append(keys)
         for key, c in zip(keys, shown, strict=True):
             if c.a.text == c.b.text:
@@ -151,6 +152,6 @@ def judge_comparisons(
     return judged
 
 
-def _verdict_key(judge: Judge, comparison: Comparison) -> str:
+def _verdict_key(fingerprint: str, comparison: Comparison) -> str:
     messages = [[m.role, m.content] for m in comparison.prompt.messages]
-    return content_hash([judge.fingerprint, messages, comparison.a.text, comparison.b.text])
+    return content_hash([fingerprint, messages, comparison.a.text, comparison.b.text])

@@ -28,12 +28,15 @@ class SamplingSettings:
     Args:
         temperature: logits are divided by it; 0 takes the most likely token (greedy).
         top_p: sample from the smallest set of tokens with at least this probability; 1 keeps all.
+            On a CPU this sorts the vocabulary at every step; `top_k` does not.
+        top_k: sample from this many most likely tokens only; 0 keeps all.
         max_new_tokens: an answer is cut off here and marked `finish_reason="length"`.
         batch_size: answers generated at once; lower it when memory runs out.
     """
 
     temperature: float = 0.7
     top_p: float = 0.95
+    top_k: int = 0
     max_new_tokens: int = 256
     batch_size: int = 64
 
@@ -43,6 +46,8 @@ class SamplingSettings:
             problems.append(f"temperature must not be negative, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             problems.append(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            problems.append(f"top_k must not be negative, got {self.top_k}")
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.batch_size < 1:
@@ -204,7 +209,7 @@ def _generate(
             "do_sample": True,
             "temperature": settings.temperature,
             "top_p": settings.top_p,
-            "top_k": 0,
+            "top_k": settings.top_k,
         }
     cache: Any = None
     with torch.inference_mode():

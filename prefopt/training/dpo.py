@@ -28,6 +28,7 @@ from prefopt.models import (
     DType,
     LanguageModel,
     LoRASettings,
+    adapter_fingerprint,
     load_model,
     lora_config,
     model_fingerprint,
@@ -187,11 +188,11 @@ def train_dpo(
             model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True
         )
     rows = _tokenized_rows(groups, loaded.tokenizer, settings.max_length)
+    _claim_checkpoints(checkpoint_dir, loaded.base, rows, settings, lora)
     trainer = _make_trainer(loaded, rows, settings, lora, checkpoint_dir, progress)
     logger.info("the DPO reference is %s; %d pairs", reference, len(rows))
     _check_step_zero(trainer, exact=not lora.dora, reference=reference)
 
-    _claim_checkpoints(checkpoint_dir, loaded.name, rows, settings, lora)
     resume = _last_whole_checkpoint(checkpoint_dir)
     if resume is not None:
         logger.warning("continuing from %s", resume.name)
@@ -415,7 +416,7 @@ def _claim_checkpoints(
             rows,
             msgspec.to_builtins(settings),
             msgspec.to_builtins(lora),
-            lora.continue_from and model_fingerprint(lora.continue_from),
+            lora.continue_from and adapter_fingerprint(lora.continue_from),
         ]
     )
     claim = folder / "training.json"
@@ -423,7 +424,8 @@ def _claim_checkpoints(
     if claim.exists() and claim.read_bytes() == content:
         return
     if folder.exists():
-        logger.warning("removing checkpoints of a different training from %s", folder)
+        if list(folder.glob("checkpoint-*")):
+            logger.warning("removing checkpoints of a different training from %s", folder)
         shutil.rmtree(folder)
     write_bytes(claim, content)
 
@@ -485,7 +487,7 @@ def _save(
         model.save_pretrained(temporary, selected_adapters=["default"])
         loaded.tokenizer.save_pretrained(temporary)
         write_records(temporary / "training_log.jsonl", result.points)
-        card = _model_card(loaded.name, result, settings, lora)
+        card = _model_card(loaded.base, result, settings, lora)
         write_bytes(temporary / "README.md", card.encode())
         shutil.rmtree(result.adapter, ignore_errors=True)
         temporary.rename(result.adapter)

@@ -85,8 +85,8 @@ def diagnose(
 
 
 def _tail(points: Sequence[TrainingPoint]) -> Sequence[TrainingPoint]:
-    """The last fifth of the run, at least one point: single batches are too noisy to judge by."""
-    return points[-max(1, len(points) // 5) :]
+    """The last third of the run, at least five points: single batches are too noisy to judge by."""
+    return points[-max(5, len(points) // 3) :]
 
 
 def _mean(values: Sequence[float]) -> float:

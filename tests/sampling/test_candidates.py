@@ -104,5 +104,5 @@ def test_no_prompts_and_greedy_copies_are_refused(tiny_model):
 
 
 def test_bad_settings_are_told_all_at_once():
-    with pytest.raises(ValueError, match=r"temperature.*top_p.*max_new_tokens.*batch_size"):
-        SamplingSettings(temperature=-1, top_p=0, max_new_tokens=0, batch_size=0)
+    with pytest.raises(ValueError, match=r"temperature.*top_p.*top_k.*max_new_tokens.*batch_size"):
+        SamplingSettings(temperature=-1, top_p=0, top_k=-1, max_new_tokens=0, batch_size=0)

@@ -1,0 +1,95 @@
+"""The house rules that a machine can check: who may import what, and how fast the door opens."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "prefopt"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TEXT_SIDE = {
+    "types", "errors", "preferences", "runs", "progress", "chat",
+    "data", "judges.base", "judges.ledger", "judges.rubric", "judges.rules", "judges.scripted",
+    "judges.anthropic", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
+    "evaluation.advice", "training.health",
+}  # fmt: skip
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path):
+    """Every imported module of a file, lazily imported ones included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_text_code_never_imports_torch(path):
+    name = name_of(path)
+    if name in TEXT_SIDE or name.split(".")[0] in TEXT_SIDE:
+        assert not [m for m in imports(path) if m.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_dependencies_point_one_way(path):
+    """types <- text side <- models and sampling <- training and evaluation <- flow <- cli."""
+    ranks = {"types": 0, "errors": 0, "progress": 0, "data": 1, "chat": 1, "preferences": 1,
+             "runs": 2, "models": 2, "judges": 3, "sampling": 3, "training": 3, "testing": 3,
+             "evaluation": 4, "flow": 5, "cli": 6}  # fmt: skip
+    own = name_of(path).split(".")[0]
+    if own in ("", "__init__"):
+        return
+    for module in imports(path):
+        if module.startswith("prefopt."):
+            other = module.split(".")[1]
+            assert ranks[other] <= ranks[own], f"{own} must not import {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_every_public_name_can_be_loaded():
+    import prefopt
+
+    for name in prefopt.__all__:
+        assert getattr(prefopt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = prefopt.nothing
+    assert set(prefopt.__all__) <= set(dir(prefopt))
+
+
+def test_importing_prefopt_is_fast_and_loads_nothing_heavy():
+    code = (
+        "import sys, time; t = time.perf_counter(); import prefopt;"
+        "print(time.perf_counter() - t, 'torch' in sys.modules, 'msgspec' in sys.modules)"
+    )
+    seconds, torch_there, _ = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert float(seconds) < 0.3
+    assert torch_there == "False"
+
+
+def test_the_lazy_names_and_the_typed_names_agree():
+    import prefopt
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    typed = {
+        alias.asname: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("prefopt.")
+        for alias in node.names
+    }
+    assert typed == {name: f"prefopt.{home}" for name, home in prefopt._HOMES.items()}
+    for name, module in typed.items():
+        assert hasattr(importlib.import_module(module), name)

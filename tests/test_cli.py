@@ -1,0 +1,114 @@
+"""The command line: it teaches, refuses what it does not know, and does what the library does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from prefopt.cli import build_parser, main, run_recipe
+from prefopt.flow import FlowConfig
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["sample"], ["judge"], ["train", "dpo"], ["evaluate"], ["run"], ["merge"]]
+)
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "Example: prefopt" in text or "prefopt run --out runs/first" in text or "METHOD" in text
+    for line in text.splitlines():
+        if line.strip().startswith("--") and line.strip().count(" ") == 1 and "," not in line:
+            name = line.strip().split()[0]
+            after = text.split(line, 1)[1].splitlines()[1]
+            assert after.strip(), f"{name} has no explanation"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--out", "x", "--betta", "1"],
+        ["run", "--out", "x", "--dpo.betta", "1"],
+        ["sample", "--out", "x", "--sampling.temprature", "1"],
+    ],
+)
+def test_unknown_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "bett" in (err := capsys.readouterr().err) or "temprature" in err
+
+
+def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("out: x\ndpo:\n  beta: 0.2\n  learning_rat: 1\n")
+    with pytest.raises(SystemExit):
+        main(["run", "--config", str(tmp_path / "c.yaml")])
+    assert "learning_rat" in capsys.readouterr().err
+
+
+def test_flags_and_a_file_give_the_same_configuration(tmp_path):
+    parser = build_parser()
+    (tmp_path / "c.yaml").write_text(
+        "out: somewhere\nk: 3\ndpo:\n  beta: 0.2\n  loss: [sigmoid, sft]\nlora: {r: 8}\n"
+    )
+    from_file = parser.parse_args(["run", "--config", str(tmp_path / "c.yaml")]).run
+    from_flags = parser.parse_args(
+        ["run", "--out", "somewhere", "--k", "3", "--dpo.beta", "0.2",
+         "--dpo.loss", "[sigmoid, sft]", "--lora.r", "8"]
+    ).run  # fmt: skip
+    assert from_file.dpo == from_flags.dpo
+    assert from_file.lora == from_flags.lora
+    assert (from_file.out, from_file.k) == ("somewhere", 3)
+
+
+def test_a_wrong_value_is_told_on_one_page_with_exit_code_1(capsys, tmp_path):
+    assert main(["run", "--out", str(tmp_path / "r"), "--k", "1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("prefopt: flow settings: k must be at least 2")
+    assert "Traceback" not in error
+
+
+def test_a_recipe_has_its_own_defaults_and_the_command_s_options(capsys, tmp_path):
+    class Recipe(FlowConfig):
+        """A recipe."""
+
+    assert run_recipe(Recipe, ["--out", str(tmp_path / "r"), "--k", "1"]) == 1
+    assert "k must be at least 2" in capsys.readouterr().err
+
+
+def test_the_steps_one_by_one(tiny_model, tmp_path, capsys):
+    """sample -> judge -> train dpo -> evaluate, each reading what the last one wrote."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {i}?"}) + "\n" for i in range(6)))
+    at = {name: str(tmp_path / name) for name in ("c.jsonl", "j.jsonl", "p.jsonl", "ad", "rep")}
+    short = ["--sampling.max_new_tokens", "8", "--sampling.temperature", "1.0"]
+    assert main(["sample", "--prompts", str(prompts), "--model", tiny_model, "--k", "3",
+                 "--out", at["c.jsonl"], *short]) == 0  # fmt: skip
+    assert main(["judge", "--candidates", at["c.jsonl"], "--judge", "scripted:shortest",
+                 "--out", at["j.jsonl"], "--preferences", at["p.jsonl"]]) == 0  # fmt: skip
+    assert main(["train", "dpo", "--preferences", at["p.jsonl"], "--model", tiny_model,
+                 "--out", at["ad"], "--dpo.max_length", "128"]) == 0  # fmt: skip
+    assert main(["evaluate", "--prompts", str(prompts), "--model", tiny_model,
+                 "--adapter", at["ad"], "--judge", "scripted:shortest", "--out", at["rep"],
+                 *short]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "18 answers to 6 prompts" in printed
+    assert "preferences over" in printed
+    assert "the reference was the base model" in printed
+    assert "of 6 prompts" in printed
+    assert (tmp_path / "rep" / "report.html").is_file()
+    assert main(["evaluate", "--tuned_answers", str(tmp_path / "rep" / "answers_tuned.jsonl"),
+                 "--base_answers", str(tmp_path / "rep" / "answers_base.jsonl"),
+                 "--judge", "scripted:longest", "--out", str(tmp_path / "rep2")]) == 0  # fmt: skip
+    assert main(["evaluate", "--prompts", str(prompts), "--out", at["rep"]]) == 1
+    assert "needs the tuned adapter" in capsys.readouterr().err
+
+
+def test_the_help_is_there_at_once():
+    """Nothing heavy is imported before there is work to do."""
+    code = "import sys, prefopt.cli as c; c.build_parser(); print([m for m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for heavy in ("torch", "transformers", "trl", "peft", "datasets", "anthropic", "matplotlib"):
+        assert f"'{heavy}'" not in out.stdout
