@@ -3,7 +3,7 @@
     python recipes/quickstart.py                                        # offline, no key, no GPU
     python recipes/quickstart.py --judge anthropic:claude-sonnet-5-5 --max_usd 5   # Claude judges
 
-SmolLM2-135M answers 100 everyday requests four times each. The judge compares the answers under a
+SmolLM2-135M answers 124 everyday requests four times each. The judge compares the answers under a
 written rubric (answers at once, complete, concise, no filler); DPO trains a LoRA adapter on what it
 preferred; and the tuned model meets the base model on 60 requests that neither training nor the
 choice of settings has seen. Everything is in `runs/quickstart`; running again continues there.
@@ -26,16 +26,23 @@ class Quickstart(FlowConfig):
 
     out: str = "runs/quickstart"
     held_out: float = 60
+    min_margin: float = 2.0  # train only where both orders say "much better"
     sampling: SamplingSettings = field(
         default_factory=lambda: SamplingSettings(
             top_p=1.0, top_k=40, max_new_tokens=64, batch_size=128
         )
     )
     lora: LoRASettings = field(default_factory=lambda: LoRASettings(r=16, alpha=32))
-    # A few dozen steps on a tiny model: the rate is far above what a large one would bear.
+    # A handful of steps on a tiny model: the rate is far above what a large one would bear, and the
+    # NLL term on the chosen answers keeps DPO from ending every answer after a few words.
     dpo: DPOSettings = field(
         default_factory=lambda: DPOSettings(
-            learning_rate=1e-3, batch_size=8, micro_batch_size=8, max_length=256
+            loss=["sigmoid", "sft"],
+            loss_weights=[1.0, 0.5],
+            learning_rate=1.3e-3,
+            batch_size=8,
+            micro_batch_size=8,
+            max_length=256,
         )
     )
 

@@ -186,14 +186,14 @@ _STOP_WORDS = frozenset(
     ]
 )
 
-MIN_WORDS, MAX_WORDS = 3, 50
+MIN_WORDS, SHORT_WORDS, MAX_WORDS = 3, 8, 50
 
 
 def house_style_faults(prompt: Prompt, answer: str) -> list[Fault]:
     """What is wrong with `answer` under the house style, heaviest kind first.
 
     The weights follow the rubric's order of importance: not on the request (4 to 10), not complete
-    (4), not at once (2), filler (1 a kind, 2 for repetition), not concise (up to 3).
+    (4), not at once (2), filler (1, 2 for repetition), not concise (1 below 8 words, up to 3 above 50).
     """
     text = answer.strip()
     if not text:
@@ -202,6 +202,8 @@ def house_style_faults(prompt: Prompt, answer: str) -> list[Fault]:
     words = _WORD.findall(text.casefold())
     if len(words) < MIN_WORDS:
         faults.append(Fault(f"fewer than {MIN_WORDS} words", 5.0))
+    elif len(words) < SHORT_WORDS:
+        faults.append(Fault(f"fewer than {SHORT_WORDS} words", 1.0))
     topic = _stems(_WORD.findall(prompt.text.casefold()))
     if topic and not topic & _stems(words):
         faults.append(Fault("shares no content word with the request", 4.0))
@@ -260,7 +262,7 @@ class RuleJudge(Judge):
     def fingerprint(self) -> str:
         """Changes with the rules' patterns and weights, not only with the rubric's words."""
         patterns = [p.pattern for p in (_PREAMBLE, _SELF_TALK, _FILLER, _FINISHED)]
-        return content_hash([self.name, self.rubric.rubric_hash, patterns, "weights/1"])
+        return content_hash([self.name, self.rubric.rubric_hash, patterns, "weights/2"])
 
     def verdicts(
         self, comparisons: Sequence[Comparison]

@@ -17,6 +17,7 @@ GOOD = "Yeast eats the sugar in the dough and gives off gas, which blows it up l
         ("", "empty"),
         ("   \n", "empty"),
         ("Yeast.", "fewer than 3 words"),
+        ("Yeast gas lifts it.", "fewer than 8 words"),
         ("Paris is the capital city of France.", "no content word"),
         ("Yeast eats the sugar in the dough and gives off", "cut off"),
         ("Sure! Yeast makes gas in the dough.", "preamble"),

@@ -1,0 +1,90 @@
+"""What the documentation shows is true: its Python runs, its options exist, its files are there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from prefopt.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_in_the_docs_names_only_what_exists(page):
+    import prefopt
+
+    for block in blocks(page, "python"):
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "prefopt":
+                assert hasattr(prefopt, node.attr), node.attr
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prefopt"):
+                module = __import__(node.module, fromlist=["_"])
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_five_calls_of_the_docs_run_as_written(tiny_model, tmp_path, monkeypatch):
+    """`docs/own-data.md`, with the tiny model and an offline judge in place of the named ones."""
+    block = next(b for b in blocks(ROOT / "docs" / "own-data.md", "python") if "train_dpo" in b)
+    prompts = "".join(f'{{"prompt": "What is {i}?"}}\n' for i in range(12))
+    (tmp_path / "prompts.jsonl").write_text(prompts)
+    monkeypatch.chdir(tmp_path)
+    block = block.replace("Qwen/Qwen3-0.6B", tiny_model)
+    block = block.replace("anthropic:claude-sonnet-5-5", "scripted:shortest")
+    block = block.replace(", k=4)", ", k=2, settings=prefopt.SamplingSettings(max_new_tokens=8))")
+    exec(compile(block, "docs/own-data.md", "exec"), {})
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_judge_of_the_docs_runs_as_written(monkeypatch):
+    from prefopt.types import Candidate, Comparison, Prompt
+
+    block = next(b for b in blocks(ROOT / "docs" / "own-data.md", "python") if "FewerQuestion" in b)
+    names = {}
+    exec(compile(block, "docs/own-data.md", "exec"), names)
+    prompt = Prompt.from_text("p")
+    comparison = Comparison(
+        a=Candidate(prompt=prompt, text="What? Why?", model="m"),
+        b=Candidate(prompt=prompt, text="Because.", model="m"),
+    )
+    judge = names["FewerQuestionMarks"]()
+    (judged,) = names["judge_comparisons"]([comparison], judge, progress=False)
+    assert judged.mean_grade == -1
+
+
+def test_options_named_in_the_docs_exist():
+    help_text = build_parser().format_help() + "".join(
+        sub.format_help() for sub in build_parser()._subcommands_action._name_parser_map.values()
+    )
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for option in re.findall(r"prefopt [^\n]*?(--[a-z_.]+)", block):
+                assert option in help_text or option == "--print_config", f"{page.name}: {option}"
+
+
+def test_the_yaml_of_the_docs_is_accepted(tmp_path):
+    (block,) = blocks(ROOT / "docs" / "own-data.md", "yaml")
+    (tmp_path / "my.yaml").write_text(block)
+    parsed = build_parser().parse_args(["run", "--config", str(tmp_path / "my.yaml"), "--out", "x"])
+    assert parsed.run.judge == "anthropic:claude-sonnet-5-5"
+
+
+def test_files_linked_in_the_readme_are_in_the_repository():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_readme_shows_its_result_within_the_first_thirty_lines():
+    head = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30]
+    assert any("make quickstart" in line for line in head)
+    assert any(".png" in line for line in head)
+    assert any("%" in line for line in head)
