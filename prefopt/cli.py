@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ def judge(
     rubric: str = "house_style",
     max_usd: float | None = None,
     preferences: str | None = None,
-    select: Literal["all", "best_worst"] = "all",
+    pairs_per_prompt: int | None = None,
     min_margin: float = 1.0,
     ledger: str | None = None,
 ) -> None:
@@ -101,7 +102,7 @@ def judge(
         rubric: what better means: "house_style", "helpful", or a text file.
         max_usd: the most a paid judge may spend, in US dollars.
         preferences: file for the preferences (.jsonl or .parquet), as TRL's trainers read them.
-        select: "all" decided pairs, or the "best_worst" pair of each prompt.
+        pairs_per_prompt: keep at most this many a prompt, the widest apart first; all by default.
         min_margin: the least mean grade over both orders, in (0, 2], that counts as a preference.
         ledger: SQLite file with every verdict, so that none is paid for twice. Default `<out>.sqlite`.
     """
@@ -115,7 +116,7 @@ def judge(
     asked = load_judge(judge, rubric=rubric, max_usd=max_usd)
     judged = judge_comparisons(comparisons, asked, ledger=ledger or f"{out}.sqlite")
     write_records(out, judged)
-    found = build_preferences(judged, min_margin=min_margin, select=select)
+    found = build_preferences(judged, min_margin=min_margin, pairs_per_prompt=pairs_per_prompt)
     print(found)
     if preferences is not None:
         save_preferences(found.groups, preferences)
@@ -211,10 +212,26 @@ def run(config: FlowConfig, on_change: Literal["refuse", "redo"]) -> None:
 
 
 def _tell(report: Any, folder: str) -> None:
+    """Print the first answers before and after, the verdict, and where to read on."""
+    import textwrap
+
     from prefopt.evaluation.advice import advice_for
 
+    def short(text: str) -> str:
+        return textwrap.shorten(text, width=300, placeholder=" …") or "(empty)"
+
+    for pair in report.answers[:3]:
+        print(f"\n{short(pair.prompt.text)}")
+        for side, answer in (("before", pair.before), ("after", pair.after)):
+            lines = textwrap.wrap(short(answer), width=88)
+            print(f"  {side:>6}  " + "\n          ".join(lines))
     advice = advice_for(report)
     print(f"\n{advice.headline} {advice.forgetting}")
+    rate = report.win_rate
+    print(
+        f'A rule that only counts words ("the shorter answer wins") would say '
+        f"{rate.shortest_wins_share:.0%}."
+    )
     print(f"Read on: {folder}/report.html")
 
 
@@ -325,8 +342,10 @@ def run_recipe(config_class: type[FlowConfig], arguments: list[str] | None = Non
 
 def _guarded(work: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Third parties warn about each other's deprecated names at every step; nobody here can act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
     for noisy in ("httpx", "httpx2", "transformers", "datasets", "huggingface_hub", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         work()
     except (PrefoptError, ValueError) as error:

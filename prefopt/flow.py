@@ -33,7 +33,7 @@ class FlowConfig:
         rubric: what better means: "house_style", "helpful", or a text file.
         max_usd: the most a paid judge may spend in this run; required for one.
         k: answers sampled a prompt, at least 2.
-        select: which preferences are trained on: "best_worst" one a prompt, "all" every decided pair.
+        pairs_per_prompt: preferences trained on a prompt, the widest apart first; None takes all.
         min_margin: the least mean grade over both orders, in (0, 2], that counts as a preference.
         sampling: how answers are sampled, for training and for the report.
         lora: which adapter is trained.
@@ -50,7 +50,7 @@ class FlowConfig:
     rubric: str = "house_style"
     max_usd: float | None = None
     k: int = 4
-    select: Literal["best_worst", "all"] = "best_worst"
+    pairs_per_prompt: int | None = 1
     min_margin: float = 1.0
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     lora: LoRASettings = field(default_factory=LoRASettings)
@@ -65,6 +65,8 @@ class FlowConfig:
                 f"k must be at least 2, got {self.k}: with one answer a prompt there is nothing to "
                 "compare"
             )
+        if self.pairs_per_prompt is not None and self.pairs_per_prompt < 1:
+            problems.append(f"pairs_per_prompt must be at least 1, got {self.pairs_per_prompt}")
         if self.held_out <= 0:
             problems.append(f"held_out must be positive, got {self.held_out}")
         if problems:
@@ -145,10 +147,12 @@ def run_flow(
             ),
             depends_on={"judge": judge.fingerprint, "candidates": run.sha256_of("candidates")},
         )
-        preferences = build_preferences(judged, min_margin=config.min_margin, select=config.select)
+        preferences = build_preferences(
+            judged, min_margin=config.min_margin, pairs_per_prompt=config.pairs_per_prompt
+        )
         labels = {
             "judged": run.sha256_of("judged"),
-            "select": config.select,
+            "pairs_per_prompt": config.pairs_per_prompt,
             "min_margin": config.min_margin,
         }
         groups = run.records(

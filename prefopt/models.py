@@ -151,9 +151,10 @@ def load_model(
     path = resolve_model_path(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=resolve_dtype(dtype, place), use_safetensors=True
-        )
+        with _quiet_loading(name == DEMO_MODEL):
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=resolve_dtype(dtype, place), use_safetensors=True
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"cannot load model {name!r}: {_first_line(error)} Give a Hub id that this machine can "
@@ -168,6 +169,21 @@ def load_model(
         model = _load_adapter(model, str(adapter), trainable)
     shown = name if adapter is None else f"{name}+adapter"
     return LanguageModel(name=shown, model=model, tokenizer=tokenizer, base=name)
+
+
+@contextlib.contextmanager
+def _quiet_loading(quiet: bool) -> Iterator[None]:
+    """No progress bar for a model that is loaded in the blink of an eye."""
+    from transformers.utils import logging as transformers_logging
+
+    hide = quiet and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            transformers_logging.enable_progress_bar()
 
 
 def _load_adapter(model: Any, adapter: str, trainable: bool) -> Any:

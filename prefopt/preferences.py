@@ -98,7 +98,7 @@ def build_preferences(
     judged: Sequence[JudgedComparison],
     *,
     min_margin: float = 1.0,
-    select: Literal["all", "best_worst"] = "all",
+    pairs_per_prompt: int | None = None,
 ) -> Preferences:
     """Turn judged comparisons into preference groups.
 
@@ -110,14 +110,16 @@ def build_preferences(
         judged: comparisons with verdicts.
         min_margin: the least |g|, in (0, 2]. With grades of 1 ("better") and 2 ("much better"), 1.0
             asks that both orders agree or one says "much better" and the other "better".
-        select: "all" keeps every preference; "best_worst" keeps one a prompt, between the answers
-            with the highest and the lowest mean grade over all their comparisons.
+        pairs_per_prompt: keep at most this many preferences a prompt, between the answers that lie
+            furthest apart (1: the best and the worst); None keeps all.
 
     Returns:
         Preferences with groups in order of first appearance. `p_chosen` is an uncalibrated prior.
     """
     if not 0.0 < min_margin <= 2.0:
         raise ValueError(f"min_margin must be in (0, 2], got {min_margin}.")
+    if pairs_per_prompt is not None and pairs_per_prompt < 1:
+        raise ValueError(f"pairs_per_prompt must be at least 1 or None, got {pairs_per_prompt}.")
     by_prompt: dict[str, list[JudgedComparison]] = {}
     for item in judged:
         by_prompt.setdefault(item.comparison.prompt.prompt_id, []).append(item)
@@ -131,10 +133,10 @@ def build_preferences(
                 usable.append(item)
             else:
                 left_out.append(reason)
-        if select == "best_worst" and len(usable) > 1:
-            best = _best_worst(usable)
-            left_out += [_left_out(i, "not_selected") for i in usable if i is not best]
-            usable = [best]
+        if pairs_per_prompt is not None and len(usable) > pairs_per_prompt:
+            kept = _widest(usable, pairs_per_prompt)
+            left_out += [_left_out(item, "not_selected") for item in usable if item not in kept]
+            usable = kept
         if usable:
             groups.append(_group(usable))
     return Preferences(
@@ -186,8 +188,12 @@ def _left_out(
     )
 
 
-def _best_worst(usable: list[JudgedComparison]) -> JudgedComparison:
-    """The decided comparison whose two answers lie furthest apart in mean grade."""
+def _widest(usable: list[JudgedComparison], n: int) -> list[JudgedComparison]:
+    """The n decided comparisons whose answers lie furthest apart, each answer used once if possible.
+
+    Answers are placed by their mean grade over all decided comparisons they took part in. Of equals
+    the first is taken, so the choice is repeatable; the order of `usable` is kept.
+    """
     grades: dict[str, list[float]] = {}
     for item in usable:
         grade = item.mean_grade or 0.0
@@ -199,7 +205,19 @@ def _best_worst(usable: list[JudgedComparison]) -> JudgedComparison:
         between = mean[item.comparison.a.candidate_id] - mean[item.comparison.b.candidate_id]
         return between if (item.mean_grade or 0.0) > 0 else -between
 
-    return max(usable, key=gap)  # the first of equals, so the choice is repeatable
+    kept: list[JudgedComparison] = []
+    used: set[str] = set()
+    for _ in range(n):
+        rest = [item for item in usable if item not in kept]
+
+        def rank(item: JudgedComparison) -> tuple[int, float]:
+            ids = {item.comparison.a.candidate_id, item.comparison.b.candidate_id}
+            return (-len(ids & used), gap(item))
+
+        best = max(rest, key=rank)
+        kept.append(best)
+        used |= {best.comparison.a.candidate_id, best.comparison.b.candidate_id}
+    return [item for item in usable if item in kept]
 
 
 def _group(usable: list[JudgedComparison]) -> PreferenceGroup:

@@ -33,12 +33,13 @@ class Quickstart(FlowConfig):
         )
     )
     lora: LoRASettings = field(default_factory=lambda: LoRASettings(r=16, alpha=32))
-    # A handful of steps on a tiny model: the rate is far above what a large one would bear, and the
-    # NLL term on the chosen answers keeps DPO from ending every answer after a few words.
+    # A handful of steps on a tiny model: the rate is far above what a large one would bear. LD-DPO
+    # (ld_alpha=0) compares the two answers over their common length only; plain DPO at this rate
+    # pushes down every long answer until replies have a few words.
     dpo: DPOSettings = field(
         default_factory=lambda: DPOSettings(
-            loss=["sigmoid", "sft"],
-            loss_weights=[1.0, 0.5],
+            beta=0.3,
+            ld_alpha=0.0,
             learning_rate=1.3e-3,
             batch_size=8,
             micro_batch_size=8,

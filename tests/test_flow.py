@@ -231,3 +231,53 @@ def test_one_kill_in_the_middle_of_training_changes_nothing(
     assert not (folder / "adapter").exists()
     run_flow(config(*arguments), progress=False)
     assert hashes(folder) == hashes(out)
+
+
+def test_the_same_flow_with_claude_as_judge_pays_once(
+    tiny_model, prompt_file, tmp_path, monkeypatch
+):
+    """The whole way with an Anthropic judge against the offline fake of the API."""
+    import prefopt.judges
+    from prefopt.errors import BudgetExceeded
+    from prefopt.judges.anthropic import AnthropicJudge
+    from prefopt.judges.rubric import HOUSE_STYLE
+    from prefopt.testing import FakeAnthropic, verdict_reply
+    from prefopt.testing.fake_anthropic import shown_responses
+
+    def answer(params):
+        first, second = shown_responses(params)
+        shorter = "first_much" if len(first) < len(second) else "second_much"
+        return verdict_reply("tie" if len(first) == len(second) else shorter)
+
+    fake = FakeAnthropic(answer)
+    original = prefopt.judges.load_judge
+
+    def with_fake(spec, *, rubric, max_usd):
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret-key")
+        real = original(spec, rubric=rubric, max_usd=max_usd)
+        client = fake.client(api_key="sk-secret-key")
+        return AnthropicJudge(
+            "claude-sonnet-5-5", rubric=real.rubric, max_usd=max_usd, client=client
+        )
+
+    monkeypatch.setattr(prefopt.judges, "load_judge", with_fake)
+    out = tmp_path / "run"
+
+    def go(max_usd):
+        claude = {"judge": "anthropic:claude-sonnet-5-5", "max_usd": max_usd}
+        return run_flow(config(out, tiny_model, prompt_file, **claude), progress=False)
+
+    with pytest.raises(BudgetExceeded, match="max_usd"):
+        go(0.3)
+    assert len(fake.messages) > 0
+    report = go(50.0)
+    assert report.cost_usd > 0
+    asked = [json.dumps(request["messages"]) for request in fake.requests]
+    assert len(asked) == len(set(asked))  # no question was paid for twice
+    assert any(HOUSE_STYLE.text in block["text"] for block in fake.requests[0]["system"])
+    calls = len(fake.messages)
+    assert go(50.0) == report
+    assert len(fake.messages) == calls
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert b"sk-secret-key" not in path.read_bytes(), path

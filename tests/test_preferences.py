@@ -80,16 +80,30 @@ def test_nothing_is_lost_and_swapping_answers_swaps_labels(grades):
     assert pairs == [(c.text, r.text, p.margin) for g in mirrored.groups for c, r, p in g.pairs()]
 
 
-def test_best_worst_keeps_the_widest_decided_pair_and_accounts_for_the_rest():
-    best, middle, worst = (candidate(t, index=i) for i, t in enumerate(("best", "mid", "worst")))
-    items = [
+def decided(*answers):
+    """Every pair of the answers, given best first, each decided in favour of the better one."""
+    made = [candidate(text, index=i) for i, text in enumerate(answers)]
+    return [
         JudgedComparison(comparison=Comparison(a=x, b=y), forward=verdict(g), backward=verdict(g))
-        for x, y, g in ((best, middle, 1), (middle, worst, 1), (worst, best, -2))
+        for i, x in enumerate(made)
+        for j, y in enumerate(made[i + 1 :], start=i + 1)
+        for g in [2 if j - i > 1 else 1]
     ]
-    found = build_preferences(items, select="best_worst")
+
+
+def test_one_pair_a_prompt_is_the_best_against_the_worst_and_the_rest_is_accounted_for():
+    found = build_preferences(decided("best", "mid", "worst"), pairs_per_prompt=1)
     ((chosen, rejected, _),) = found.groups[0].pairs()
     assert (chosen.text, rejected.text) == ("best", "worst")
     assert found.reasons() == {"not_selected": 2}
+
+
+def test_two_pairs_a_prompt_use_four_different_answers_where_there_are_four():
+    found = build_preferences(decided("1st", "2nd", "3rd", "4th"), pairs_per_prompt=2)
+    pairs = {(c.text, r.text) for c, r, _ in found.groups[0].pairs()}
+    assert pairs == {("1st", "4th"), ("2nd", "3rd")}
+    more = build_preferences(decided("1st", "2nd", "3rd", "4th"), pairs_per_prompt=10)
+    assert more.n_preferences == 6
 
 
 def test_all_pairs_of_k_answers_are_compared_once_and_the_order_shown_is_balanced():

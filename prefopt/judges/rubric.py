@@ -43,8 +43,8 @@ Decide which answer follows the house style better. The style, most important fi
    question, no restating of the request, no talk about the assistant itself.
 4. No filler. No closing offers ("let me know", "I hope this helps"), no summary of what was just
    said, no "it is important to note", no repetition.
-5. Concise. About 10 to 50 words; one short sentence is enough where one was asked for. Every
-   further sentence has to earn its place.
+5. Concise. One or two sentences, about 8 to 35 words; a few words are enough where a fact was
+   asked for. Every further sentence has to earn its place.
 
 Judge only these points. Do not reward length, headings or a friendly tone for their own sake. If
 the two answers follow the style equally well, call it a tie.""",

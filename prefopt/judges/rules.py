@@ -186,14 +186,15 @@ _STOP_WORDS = frozenset(
     ]
 )
 
-MIN_WORDS, SHORT_WORDS, MAX_WORDS = 3, 8, 50
+MIN_WORDS, SHORT_WORDS, MAX_WORDS = 3, 6, 35
 
 
 def house_style_faults(prompt: Prompt, answer: str) -> list[Fault]:
     """What is wrong with `answer` under the house style, heaviest kind first.
 
     The weights follow the rubric's order of importance: not on the request (4 to 10), not complete
-    (4), not at once (2), filler (1, 2 for repetition), not concise (1 below 8 words, up to 3 above 50).
+    (4), not at once (2), filler (1, 2 for repetition), not concise (1 below 6 words,
+    up to 3 above 35).
     """
     text = answer.strip()
     if not text:
@@ -262,7 +263,7 @@ class RuleJudge(Judge):
     def fingerprint(self) -> str:
         """Changes with the rules' patterns and weights, not only with the rubric's words."""
         patterns = [p.pattern for p in (_PREAMBLE, _SELF_TALK, _FILLER, _FINISHED)]
-        return content_hash([self.name, self.rubric.rubric_hash, patterns, "weights/2"])
+        return content_hash([self.name, self.rubric.rubric_hash, patterns, "weights/3"])
 
     def verdicts(
         self, comparisons: Sequence[Comparison]

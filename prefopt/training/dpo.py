@@ -60,6 +60,8 @@ class DPOSettings:
         loss: one or several of TRL's losses, added up with `loss_weights`.
         loss_weights: a weight for each loss; None weighs all 1.
         label_smoothing: for the losses that use it (robust, exo_pair).
+        ld_alpha: LD-DPO (Liu et al. 2024, arXiv:2409.06411): weight in [0, 1] of the tokens by which
+            the longer answer of a pair exceeds the shorter; None is ordinary DPO, as is 1.
         warmup: share of the steps over which the rate rises from 0.
         schedule: how the rate falls after that.
         weight_decay: of AdamW.
@@ -79,6 +81,7 @@ class DPOSettings:
     loss: list[LossName] = field(default_factory=lambda: ["sigmoid"])
     loss_weights: list[float] | None = None
     label_smoothing: float = 0.0
+    ld_alpha: float | None = None
     warmup: float = 0.1
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     weight_decay: float = 0.0
@@ -110,6 +113,8 @@ class DPOSettings:
                 f"loss_weights needs one weight for each of the {len(self.loss)} losses, got "
                 f"{len(self.loss_weights)}"
             )
+        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
+            problems.append(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
         if not 0.0 <= self.warmup < 1.0:
             problems.append(f"warmup must be a share in [0, 1), got {self.warmup}")
         if problems:
@@ -293,6 +298,7 @@ def _make_trainer(
         loss_type=list(settings.loss),
         loss_weights=settings.loss_weights,
         label_smoothing=settings.label_smoothing,
+        ld_alpha=settings.ld_alpha,
         learning_rate=settings.learning_rate or default_learning_rate(n_parameters),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.micro_batch_size,

@@ -17,7 +17,7 @@ GOOD = "Yeast eats the sugar in the dough and gives off gas, which blows it up l
         ("", "empty"),
         ("   \n", "empty"),
         ("Yeast.", "fewer than 3 words"),
-        ("Yeast gas lifts it.", "fewer than 8 words"),
+        ("Yeast gas lifts it.", "fewer than 6 words"),
         ("Paris is the capital city of France.", "no content word"),
         ("Yeast eats the sugar in the dough and gives off", "cut off"),
         ("Sure! Yeast makes gas in the dough.", "preamble"),
@@ -26,7 +26,7 @@ GOOD = "Yeast eats the sugar in the dough and gives off gas, which blows it up l
         ("As an AI, I think yeast makes gas in the dough.", "talks about the assistant"),
         ("Yeast makes gas in the dough. I hope this helps!", "filler"),
         ("Yeast makes gas. Yeast makes gas. Yeast makes gas.", "repeats"),
-        (" ".join(["yeast", *[f"word{i}" for i in range(70)]]) + ".", "words over 50"),
+        (" ".join(["yeast", *[f"word{i}" for i in range(70)]]) + ".", "words over 35"),
     ],
 )
 def test_each_fault_is_found(answer, fault):
