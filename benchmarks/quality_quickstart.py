@@ -108,12 +108,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fresh_model", action="store_true")
+    parser.add_argument("--keep", type=Path, help="folder to keep the run folders in")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for number, seed in enumerate(options.seeds):
             cache = Path(temporary) / "cache" if options.fresh_model and number == 0 else None
-            rows.append(measure(seed, Path(temporary) / f"seed{seed}", cache))
+            folder = (options.keep or Path(temporary)) / f"seed{seed}"
+            rows.append(measure(seed, folder, cache))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     import torch
     import transformers

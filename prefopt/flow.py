@@ -111,7 +111,8 @@ def run_flow(
     from prefopt.training.health import diagnose
     from prefopt.types import Candidate, JudgedComparison, LeftOut, PreferenceGroup, Prompt
 
-    judge = load_judge(config.judge, rubric=config.rubric, max_usd=config.max_usd)
+    ledger = Path(config.out) / "judgements.sqlite"
+    judge = load_judge(config.judge, rubric=config.rubric, max_usd=_left_to_spend(config, ledger))
     prompts = load_prompts(config.prompts)
     share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
     train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
@@ -122,7 +123,6 @@ def run_flow(
     plain.pop("out")
     plain.pop("max_usd")  # raising the limit continues the run
     with Run(config.out, plain, on_change=on_change) as run:
-        ledger = run.folder / "judgements.sqlite"
         train = run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
         held_out = run.records(
             "held_out_prompts", Prompt, lambda _: held_out, depends_on={"prompts": held_out}
@@ -284,6 +284,20 @@ class _Lazy:
     def forget(self) -> None:
         """Free the memory; the next call loads again."""
         self._loaded = None
+
+
+def _left_to_spend(config: FlowConfig, ledger: Path) -> float | None:
+    """What is left of `max_usd` after what this run's ledger has paid for, in US dollars.
+
+    The limit holds for the run, however often it is stopped and continued. With nothing left the
+    judge is still made, for a run that has all its verdicts; it refuses the first new question.
+    """
+    if config.max_usd is None or not ledger.exists():
+        return config.max_usd
+    spent = _spent(ledger)
+    if spent:
+        logger.warning("this run has spent $%.4f of its $%.2f", spent, config.max_usd)
+    return max(config.max_usd - spent, 1e-6)
 
 
 def _spent(ledger: Path) -> float:

@@ -19,6 +19,7 @@ from prefopt.types import (
     Comparison,
     JudgedComparison,
     LeftOut,
+    LeftOutReason,
     Preference,
     PreferenceGroup,
     content_hash,
@@ -169,15 +170,7 @@ def _why_left_out(item: JudgedComparison, min_margin: float) -> LeftOut | None:
 
 def _left_out(
     item: JudgedComparison,
-    reason: Literal[
-        "tie",
-        "flipped",
-        "weak",
-        "judge_failed",
-        "identical_answers",
-        "empty_answer",
-        "not_selected",
-    ],
+    reason: LeftOutReason,
     detail: str = "",
 ) -> LeftOut:
     return LeftOut(
@@ -207,17 +200,19 @@ def _widest(usable: list[JudgedComparison], n: int) -> list[JudgedComparison]:
 
     kept: list[JudgedComparison] = []
     used: set[str] = set()
+
+    def rank(item: JudgedComparison) -> tuple[int, float]:
+        return (-len(_answer_ids(item) & used), gap(item))
+
     for _ in range(n):
-        rest = [item for item in usable if item not in kept]
-
-        def rank(item: JudgedComparison) -> tuple[int, float]:
-            ids = {item.comparison.a.candidate_id, item.comparison.b.candidate_id}
-            return (-len(ids & used), gap(item))
-
-        best = max(rest, key=rank)
+        best = max((item for item in usable if item not in kept), key=rank)
         kept.append(best)
-        used |= {best.comparison.a.candidate_id, best.comparison.b.candidate_id}
+        used.update(_answer_ids(best))
     return [item for item in usable if item in kept]
+
+
+def _answer_ids(item: JudgedComparison) -> set[str]:
+    return {item.comparison.a.candidate_id, item.comparison.b.candidate_id}
 
 
 def _group(usable: list[JudgedComparison]) -> PreferenceGroup:

@@ -26,6 +26,12 @@ VerdictFailure = Literal[
 """Why a judge gave no verdict. A failure is never a tie and never a zero."""
 
 
+LeftOutReason = Literal[
+    "tie", "flipped", "weak", "judge_failed", "identical_answers", "empty_answer", "not_selected"
+]
+"""Why a comparison became no preference."""
+
+
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn of a conversation, as chat templates take it."""
 
@@ -303,15 +309,7 @@ class LeftOut(
 
     prompt_id: str
     comparison_id: str
-    reason: Literal[
-        "tie",
-        "flipped",
-        "weak",
-        "judge_failed",
-        "identical_answers",
-        "empty_answer",
-        "not_selected",
-    ]
+    reason: LeftOutReason
     detail: str = ""
 
 

@@ -240,6 +240,7 @@ def test_the_same_flow_with_claude_as_judge_pays_once(
     import prefopt.judges
     from prefopt.errors import BudgetExceeded
     from prefopt.judges.anthropic import AnthropicJudge
+    from prefopt.judges.ledger import Ledger
     from prefopt.judges.rubric import HOUSE_STYLE
     from prefopt.testing import FakeAnthropic, verdict_reply
     from prefopt.testing.fake_anthropic import shown_responses
@@ -268,8 +269,15 @@ def test_the_same_flow_with_claude_as_judge_pays_once(
         return run_flow(config(out, tiny_model, prompt_file, **claude), progress=False)
 
     with pytest.raises(BudgetExceeded, match="max_usd"):
-        go(0.3)
-    assert len(fake.messages) > 0
+        go(0.06)
+    bought = len(fake.messages)
+    assert bought > 0
+    with Ledger(out / "judgements.sqlite") as book:
+        assert 0 < book.spent_usd() <= 0.06
+    with pytest.raises(BudgetExceeded, match="max_usd"):
+        go(0.06)  # the limit is the run's: a second start does not open a second purse
+    with Ledger(out / "judgements.sqlite") as book:
+        assert book.spent_usd() <= 0.06
     report = go(50.0)
     assert report.cost_usd > 0
     asked = [json.dumps(request["messages"]) for request in fake.requests]
