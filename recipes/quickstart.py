@@ -5,8 +5,8 @@
 
 SmolLM2-135M answers 124 everyday requests four times each. The judge compares the answers under a
 written rubric (answers at once, complete, concise, no filler); DPO trains a LoRA adapter on what it
-preferred; and the tuned model meets the base model on 60 requests that neither training nor the
-choice of settings has seen. Everything is in `runs/quickstart`; running again continues there.
+preferred; and the tuned model meets the base model on 60 requests that training has not seen. Every
+file is in `runs/quickstart`; running the command again continues there.
 
 Expected on 2 CPU cores: see README.md ("What it does").
 """
