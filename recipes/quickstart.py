@@ -40,7 +40,7 @@ class Quickstart(FlowConfig):
         default_factory=lambda: DPOSettings(
             beta=0.3,
             ld_alpha=0.0,
-            learning_rate=1.3e-3,
+            learning_rate=1.55e-3,
             batch_size=8,
             micro_batch_size=8,
             max_length=256,
