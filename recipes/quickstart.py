@@ -8,7 +8,7 @@ written rubric (answers at once, complete, concise, no filler); DPO trains a LoR
 preferred; and the tuned model meets the base model on 60 requests that training has not seen. Every
 file is in `runs/quickstart`; running the command again continues there.
 
-Expected on 2 CPU cores: see README.md ("What it does").
+Expected figures: README.md; `python benchmarks/quality_quickstart.py` measures them.
 """
 
 from dataclasses import dataclass, field
