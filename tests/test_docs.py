@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import build_parser
+from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,16 +31,18 @@ def test_python_in_the_docs_names_only_what_exists(page):
                 assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-def test_the_five_calls_of_the_docs_run_as_written(tiny_model, tmp_path, monkeypatch):
-    """`docs/own-data.md`, with the tiny model and an offline judge in place of the named ones."""
-    block = next(b for b in blocks(ROOT / "docs" / "own-data.md", "python") if "train_dpo" in b)
+@pytest.mark.parametrize("page", ["README.md", "docs/own-data.md"])
+def test_the_five_calls_of_the_docs_run_as_written(page, tmp_path, monkeypatch):
+    """With a tiny model and an offline judge in place of the named ones."""
+    block = next(b for b in blocks(ROOT / page, "python") if "train_dpo" in b)
+    tiny_model = save_tiny_model(tmp_path / "tiny", context=1024)
     prompts = "".join(f'{{"prompt": "What is {i}?"}}\n' for i in range(12))
     (tmp_path / "prompts.jsonl").write_text(prompts)
     monkeypatch.chdir(tmp_path)
     block = block.replace("Qwen/Qwen3-0.6B", tiny_model)
     block = block.replace("anthropic:claude-sonnet-5-5", "scripted:shortest")
     block = block.replace(", k=4)", ", k=2, settings=prefopt.SamplingSettings(max_new_tokens=8))")
-    exec(compile(block, "docs/own-data.md", "exec"), {})
+    exec(compile(block, page, "exec"), {})
     assert (tmp_path / "report" / "report.html").is_file()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 

@@ -606,15 +606,23 @@ class AnthropicJudge(Judge):
         """What asking all of these would cost, guessed from the length of the texts; asks nothing.
 
         A token is taken as 3.5 bytes of text (5 for the low end, 2.5 for the high end) and a reply
-        as 250 tokens (100 to 700; up to the limit of 2,048 at an effort above "low").
+        as 250 tokens (100 to 700; up to the limit of 2,048 at an effort above "low"). The low end
+        also takes the rubric, which all requests share, as read from the prompt cache.
         """
-        sizes = [_request_bytes(self._params(c)) for c in comparisons]
+        requests = [self._params(c) for c in comparisons]
+        sizes = [_request_bytes(params) for params in requests]
+        shared = _request_bytes({"system": requests[0]["system"]}) if requests else 0
         most_out = 700 if self.effort == "low" else MAX_TOKENS
         return CostEstimate(
             calls=len(sizes),
             input_tokens=math.ceil(sum(sizes) / 3.5),
             output_tokens=250 * len(sizes),
-            low_usd=sum(self.price.cost_usd(input_tokens=n / 5, output_tokens=100) for n in sizes),
+            low_usd=sum(
+                self.price.cost_usd(
+                    input_tokens=(n - shared) / 5, cache_read_tokens=shared / 5, output_tokens=100
+                )
+                for n in sizes
+            ),
             high_usd=sum(
                 self.price.cost_usd(input_tokens=n / 2.5, output_tokens=most_out) for n in sizes
             ),
