@@ -100,7 +100,7 @@ def judge(
         out: JSONL file for the judged comparisons.
         judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
         rubric: what better means: "house_style", "helpful", or a text file.
-        max_usd: the most a paid judge may spend, in US dollars.
+        max_usd: the most a paid judge may spend in this call, in US dollars.
         preferences: file for the preferences (.jsonl or .parquet), as TRL's trainers read them.
         pairs_per_prompt: keep at most this many a prompt, the widest apart first; all by default.
         min_margin: the least mean grade over both orders, in (0, 2], that counts as a preference.
@@ -186,7 +186,7 @@ def evaluate(
         base_answers: JSONL of answers by the base side, instead of sampling them.
         judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
         rubric: what better means: "house_style", "helpful", or a text file.
-        max_usd: the most a paid judge may spend, in US dollars.
+        max_usd: the most a paid judge may spend in this call, in US dollars.
         sampling: how the answers are sampled.
         seed: of the sampling.
         device: "auto" takes a GPU where there is one.

@@ -361,7 +361,7 @@ def _score_answer_positions_only() -> Iterator[None]:
     """On CPU, let TRL project only the positions that have a label through the output head.
 
     TRL 1.16 does so on GPUs and scores every position elsewhere, to keep shapes fixed for backends
-    that compile; the vocabulary projection is about half the work of a small model. The results are
+    that compile; for a small model with a large vocabulary that is much of the work. The results are
     the same numbers. Where TRL no longer has this switch, nothing changes.
     """
     from trl.trainer import utils
