@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 
 def progress_bar(
-    *, total: int, description: str, unit: str, initial: int = 0, show: bool = True
+    *, total: int | None, description: str, unit: str, initial: int = 0, show: bool = True
 ) -> Any:
     """A tqdm bar; with `show=False` it counts silently."""
     return tqdm(

@@ -20,14 +20,31 @@ FinishReason = Literal["stop", "length", "unknown"]
 
 Winner = Literal["a", "b", "tie"]
 
+PSource = Literal["prior", "inferred", "calibrated", "human", "given"]
+"""Where a probability came from; only the last three have seen a person or the data's own label."""
+
 VerdictFailure = Literal[
-    "refused", "truncated", "malformed", "api_error", "empty", "too_long", "unavailable"
+    "refused",
+    "truncated",
+    "malformed",
+    "api_error",
+    "empty",
+    "too_long",
+    "unavailable",
+    "expired",
+    "canceled",
 ]
 """Why a judge gave no verdict. A failure is never a tie and never a zero."""
 
-
 LeftOutReason = Literal[
-    "tie", "flipped", "weak", "judge_failed", "identical_answers", "empty_answer", "not_selected"
+    "tie",
+    "flipped",
+    "weak",
+    "uncertain",
+    "judge_failed",
+    "identical_answers",
+    "empty_answer",
+    "not_selected",
 ]
 """Why a comparison became no preference."""
 
@@ -168,11 +185,13 @@ class Verdict(
     """What a judge said about one comparison in one order.
 
     Exactly one of `preferred` and `failure` is set. `strength` is 2 for "much better", 1 for
-    "better", 0 for a tie. `p_a` is the judge's own probability that a is preferred, where it gives
-    one (a local model's token probabilities); it is not calibrated.
+    "better", 0 for a tie. `shown_first` is the answer that the judge saw first. `p_a` is the judge's
+    own probability that a is preferred, where it gives one (a local model's token probabilities); it
+    is not calibrated.
     """
 
     judge: str
+    shown_first: Literal["a", "b"] = "a"
     preferred: Winner | None = None
     strength: int = 0
     failure: VerdictFailure | None = None
@@ -204,6 +223,7 @@ class Verdict(
         return msgspec.structs.replace(
             self,
             preferred=other.get(self.preferred, self.preferred),
+            shown_first="b" if self.shown_first == "a" else "a",
             p_a=None if self.p_a is None else 1.0 - self.p_a,
         )
 
@@ -219,17 +239,18 @@ class JudgedComparison(
     """A comparison with its verdicts, both in the comparison's own names a and b.
 
     `forward` was given with a shown first, `backward` with b shown first (None when only one order
-    was asked for).
+    was asked for). `more` are further verdicts, of other judges or of repeated questions.
     """
 
     comparison: Comparison
     forward: Verdict
     backward: Verdict | None = None
+    more: tuple[Verdict, ...] = ()
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The verdicts that were asked for, failures included."""
-        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+        return (self.forward, *(() if self.backward is None else (self.backward,)), *self.more)
 
     @property
     def failures(self) -> tuple[VerdictFailure, ...]:
@@ -255,14 +276,15 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One preference inside a group: answer `chosen` is preferred to answer `rejected`.
 
     Both are indices into the group's `answers`. `p_chosen` is the probability that the preference
-    is right, with `p_source` saying where it came from: "prior" is an uncalibrated default.
+    is right, with `p_source` saying where it came from: "prior" is an uncalibrated default,
+    "inferred" was worked out from all verdicts of the run, "calibrated" was fitted to human labels.
     `margin` is the mean signed grade, in (0, 2].
     """
 
     chosen: int
     rejected: int
     p_chosen: float
-    p_source: Literal["prior", "calibrated", "human", "given"] = "prior"
+    p_source: PSource = "prior"
     margin: float = 1.0
 
 

@@ -13,7 +13,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TEXT_SIDE = {
     "types", "errors", "preferences", "runs", "progress", "chat",
     "data", "judges.base", "judges.ledger", "judges.rubric", "judges.rules", "judges.scripted",
-    "judges.anthropic", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
+    "judges.anthropic", "judges.anthropic_batches", "judges.openai", "judges.api_judge",
+    "judges.asking", "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "training.health",
 }  # fmt: skip
 

@@ -21,7 +21,15 @@ from prefopt.data.prompts import checked_prompt, messages_from, prompt_from
 from prefopt.data.records import atomic_writer
 from prefopt.data.rows import Source, read_rows
 from prefopt.errors import DataError
-from prefopt.types import Candidate, FinishReason, Message, Preference, PreferenceGroup, Prompt
+from prefopt.types import (
+    Candidate,
+    FinishReason,
+    Message,
+    Preference,
+    PreferenceGroup,
+    Prompt,
+    PSource,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +58,7 @@ class _Extras(msgspec.Struct, frozen=True, kw_only=True):
     """The optional columns of a row; None where it has none. Other columns are ignored."""
 
     p_chosen: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    p_source: Literal["prior", "calibrated", "human", "given"] | None = None
+    p_source: PSource | None = None
     margin: float | None = None
     category: str | None = None
     chosen_finish_reason: FinishReason | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prefopt.judges.base import CostEstimate, Judge, judge_comparisons
+from prefopt.judges.asking import judge_comparisons, judge_stream
+from prefopt.judges.base import CostEstimate, Judge
 from prefopt.judges.rubric import HELPFUL, HOUSE_STYLE, Rubric, load_rubric
 from prefopt.judges.rules import RuleJudge
 from prefopt.judges.scripted import ScriptedJudge, longest_wins, shortest_wins
@@ -16,6 +17,7 @@ __all__ = [
     "RuleJudge",
     "ScriptedJudge",
     "judge_comparisons",
+    "judge_stream",
     "load_judge",
     "load_rubric",
     "longest_wins",

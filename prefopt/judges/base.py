@@ -1,43 +1,60 @@
-"""The one interface of all judges, and the loop that asks them in both orders.
+"""The one interface of all judges.
 
-A judge sees comparisons and yields verdicts; it knows nothing of orders, ledgers or datasets. This
-module swaps, caches, counts and shows progress; it knows nothing of how a verdict is reached.
+A judge sees comparisons and yields verdicts; it knows nothing of orders or datasets. How comparisons
+come to it, each once and none twice, is `prefopt.judges.asking`.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import logging
-from collections.abc import Generator, Sequence
-from pathlib import Path
-from typing import Literal
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from prefopt.errors import JudgeError
-from prefopt.judges.ledger import Ledger
+from prefopt.judges.ledger import Ledger, Question
 from prefopt.judges.rubric import HOUSE_STYLE, Rubric
-from prefopt.progress import progress_bar
-from prefopt.types import Comparison, JudgedComparison, Verdict, content_hash
-
-logger = logging.getLogger(__name__)
+from prefopt.types import Comparison, Verdict, content_hash
 
 
 class CostEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What asking would cost, before anything is spent. Dollars are a range, low to high."""
+    """What asking would cost, before anything is spent. Dollars are a range, low to high.
+
+    `worst_usd` is what the calls cost if every reply used all its tokens; `batch_discount` is what
+    the dollars are multiplied by when the calls go through message batches (1: no discount).
+    """
 
     calls: int
     input_tokens: int
     output_tokens: int
     low_usd: float
     high_usd: float
+    worst_usd: float = 0.0
+    batch_discount: float = 1.0
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.calls:,} calls, about {self.input_tokens:,} tokens in and "
             f"{self.output_tokens:,} out, ${self.low_usd:.2f} to ${self.high_usd:.2f}"
         )
+        if self.batch_discount < 1:
+            low, high = self.low_usd * self.batch_discount, self.high_usd * self.batch_discount
+            text += f" (in message batches ${low:.2f} to ${high:.2f})"
+        return text
+
+
+class Asked(NamedTuple):
+    """One call: a comparison with answer a shown first, and the key of its answer in the ledger."""
+
+    key: str
+    comparison: Comparison
+
+
+Told = Callable[[str, Verdict], None]
+"""Is told of each outcome, by key, once it is in the ledger."""
 
 
 class Judge(abc.ABC):
@@ -49,6 +66,8 @@ class Judge(abc.ABC):
 
     name: str
     rubric: Rubric = HOUSE_STYLE
+    window: int = 256
+    """How many comparisons `verdicts` is given at once."""
 
     @property
     def fingerprint(self) -> str:
@@ -65,93 +84,39 @@ class Judge(abc.ABC):
         `failure`; what makes the rest pointless (no key, budget spent) is a JudgeError.
         """
 
-    def estimate(self, comparisons: Sequence[Comparison]) -> CostEstimate | None:
+    def estimate(self, comparisons: Iterable[Comparison]) -> CostEstimate | None:
         """What asking all of these would cost; None for judges that cost nothing."""
         return None
 
+    def answer(self, asked: Iterator[Asked], book: Ledger, told: Told) -> int:
+        """Ask everything that is not answered or claimed by others, into the ledger.
 
-def judge_comparisons(
-    comparisons: Sequence[Comparison],
-    judge: Judge,
-    *,
-    orders: Literal["both", "one"] = "both",
-    ledger: str | Path | None = None,
-    progress: bool = True,
-) -> list[JudgedComparison]:
-    """Ask `judge` about every comparison and return them with their verdicts, in the same order.
-
-    Args:
-        comparisons: what to judge. Two answers with the same text are a tie and are not asked.
-        judge: any `Judge`.
-        orders: "both" asks twice with the answers exchanged, so that a preference for a position
-            cannot pass for a preference for an answer; "one" asks once, as given.
-        ledger: an SQLite file that keeps every verdict as it comes. A later call with the same
-            ledger asks only for what is missing. Failed verdicts are kept for the record but asked
-            again.
-        progress: show a bar with rate, time left and money spent.
-
-    Raises:
-        JudgeError: when asking cannot go on (credentials, budget). Verdicts so far are in the
-            ledger.
-    """
-    asked: dict[str, Comparison] = {}
-    plan: list[list[str]] = []
-    known: dict[str, Verdict] = {}
-    fingerprint = judge.fingerprint  # once: for a local model it reads the weights
-    for comparison in comparisons:
-        shown = [comparison, comparison.swapped()] if orders == "both" else [comparison]
-        keys = [_verdict_key(fingerprint, c) for c in shown]
-        plan.append(keys)
-        for key, c in zip(keys, shown, strict=True):
-            if c.a.text == c.b.text:
-                known[key] = Verdict(
-                    judge=judge.name, preferred="tie", rationale="The answers are identical."
+        The iterator is read as it is needed, and no further. Judges that call a service override
+        this to keep many requests under way. Returns how many questions were left alone because
+        another process has them under way.
+        """
+        left_to_others = 0
+        while portion := list(itertools.islice(asked, self.window)):
+            ours = []
+            for key, comparison in portion:
+                question = Question(key, comparison.comparison_id)
+                claimed = book.claim(question, self.name)
+                if claimed == "claimed":
+                    ours.append((key, comparison))
+                left_to_others += claimed == "taken"
+            if not ours:
+                continue
+            left = {key for key, _ in ours}
+            # Closed at once on any error, so that whatever runs behind it stops.
+            with contextlib.closing(self.verdicts([c for _, c in ours])) as verdicts:
+                for index, verdict in verdicts:
+                    key = ours[index][0]
+                    book.record(key, self.name, verdict)
+                    left.discard(key)
+                    told(key, verdict)
+            if left:
+                raise JudgeError(
+                    f"judge {self.name} gave no verdict for {len(left)} of {len(ours)} comparisons. "
+                    "A judge must yield a verdict for each, with a failure where it has none."
                 )
-            else:
-                asked[key] = c
-
-    with Ledger(ledger) as book:
-        known.update(book.verdicts(asked))
-        missing = [key for key in asked if key not in known]
-        if missing:
-            cost = judge.estimate([asked[key] for key in missing])
-            if cost is not None:
-                logger.warning("%s is a paid judge: %s.", judge.name, cost)
-        spent = 0.0
-        bar = progress_bar(
-            total=len(asked),
-            initial=len(asked) - len(missing),
-            description=f"judging ({judge.name})",
-            unit="verdict",
-            show=progress and bool(missing),
-        )
-        # Closed at once on any error, so that a judge with requests under way stops sending.
-        asking = contextlib.closing(judge.verdicts([asked[key] for key in missing]))
-        with bar, asking as verdicts:
-            for index, verdict in verdicts:
-                key = missing[index]
-                known[key] = verdict
-                book.record(key, judge.name, verdict)
-                spent += verdict.usage.cost_usd
-                if spent:
-                    bar.set_postfix_str(f"${spent:.4f}")
-                bar.update(1)
-
-    unanswered = [key for key in asked if key not in known]
-    if unanswered:
-        raise JudgeError(
-            f"judge {judge.name} gave no verdict for {len(unanswered)} of {len(asked)} comparisons. "
-            "A judge must yield a verdict for each, with a failure where it has none."
-        )
-    judged = []
-    for comparison, keys in zip(comparisons, plan, strict=True):
-        backward = known[keys[1]].swapped() if orders == "both" else None
-        judged.append(
-            JudgedComparison(comparison=comparison, forward=known[keys[0]], backward=backward)
-        )
-    return judged
-
-
-def _verdict_key(fingerprint: str, comparison: Comparison) -> str:
-    messages = [[m.role, m.content] for m in comparison.prompt.messages]
-    return content_hash([fingerprint, messages, comparison.a.text, comparison.b.text])
+        return left_to_others
