@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import itertools
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from prefopt.judges.base import Asked, CostEstimate
 from prefopt.judges.ledger import Ledger
 from prefopt.judges.prices import PRICES, PRICES_AS_OF, ModelPrice
 from prefopt.judges.rubric import HOUSE_STYLE, Rubric
-from prefopt.judges.wording import REPLY_SCHEMA, instructions, question
+from prefopt.judges.wording import PLAIN_JSON, REPLY_SCHEMA, instructions, question
 from prefopt.types import Candidate, Comparison, Prompt, Usage, Verdict, content_hash
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class AnthropicJudge(ApiJudge):
         max_attempts: tries per request where the API is busy, breaks off or answers nonsense.
         retry_after_cap_s: the longest wait the API may ask for; beyond it judging stops.
         batch_poll_s: how often an open batch is looked at.
+        reconcile_s: how long a batch whose sending broke off may take to appear in the API's list.
         sleep: waits a number of seconds; `asyncio.sleep` by default.
 
     Raises:
@@ -96,6 +98,7 @@ class AnthropicJudge(ApiJudge):
         max_attempts: int = 6,
         retry_after_cap_s: float = 120.0,
         batch_poll_s: float = 60.0,
+        reconcile_s: float = 120.0,
         sleep: Callable[[float], Awaitable[None]] | None = None,
     ) -> None:
         if max_usd is None:
@@ -138,7 +141,9 @@ class AnthropicJudge(ApiJudge):
         self.transport = transport
         self.price = price
         self.batch_poll_s = batch_poll_s
+        self.reconcile_s = reconcile_s
         self._client = client
+        self._known_abilities: Abilities | None = None
         self._shared = self._shared_params()
         self._shared_bytes = _bytes(self._shared)
 
@@ -173,9 +178,12 @@ class AnthropicJudge(ApiJudge):
 
     def request(self, comparison: Comparison) -> Request:
         """The arguments of one `messages.create` call that shows answer a as response_1."""
-        shown = question(comparison, self._salt)
+        return self.request_showing(question(comparison, self._salt))
+
+    def request_showing(self, shown: str) -> Request:
+        """The same for a message that was made before."""
         params = {**self._shared, "messages": [{"role": "user", "content": shown}]}
-        return Request(params, shown, self._worst_usd(shown, MAX_TOKENS))
+        return Request(params, shown, self.worst_usd(shown, MAX_TOKENS))
 
     def larger(self, request: Request) -> Request | None:
         """The request with room for a reply four times as long; None where it had that."""
@@ -184,18 +192,19 @@ class AnthropicJudge(ApiJudge):
         return Request(
             {**request.params, "max_tokens": RETRY_MAX_TOKENS},
             request.shown,
-            self._worst_usd(request.shown, RETRY_MAX_TOKENS),
+            self.worst_usd(request.shown, RETRY_MAX_TOKENS),
         )
 
-    def _worst_usd(self, shown: str, max_tokens: int) -> float:
+    def worst_usd(self, shown: str, max_tokens: int) -> float:
         """The most one request can cost: a token per byte, all put in a cache, all output used."""
-        tokens = self._worst_tokens(shown)
+        tokens = self.worst_tokens(shown)
         return max(
             self.price.cost_usd(input_tokens=tokens, output_tokens=max_tokens),
             self.price.cost_usd(cache_write_tokens=tokens, output_tokens=max_tokens),
         )
 
-    def _worst_tokens(self, shown: str) -> int:
+    def worst_tokens(self, shown: str) -> int:
+        """The most tokens a request that shows this can have."""
         return self._shared_bytes + len(shown.encode()) + _HIDDEN_TOKENS
 
     def estimate(self, comparisons: Iterable[Comparison]) -> CostEstimate:
@@ -247,8 +256,75 @@ class AnthropicJudge(ApiJudge):
         book: Ledger,
         told: Callable[[str, Verdict], Any],
     ) -> int:
-        """Ask in batches or one by one, after a look at what the model can do."""
-        return await super().ask(client, asked, book, told)
+        """Ask in batches or one by one, after a look at what the model can do.
+
+        Batches that an earlier process left open are fetched in any case: they are paid for.
+        """
+        from prefopt.judges.anthropic_batches import BatchAsking
+
+        abilities = await self._abilities(client)
+        self._fit_to(abilities)
+        open_batches = book.adopt_batches(self.fingerprint)
+        first = list(itertools.islice(asked, BATCH_FROM)) if self.transport == "auto" else []
+        batch = self.transport == "batch" or len(first) >= BATCH_FROM
+        if batch and not (abilities.batch and hasattr(client.messages, "batches")):
+            if self.transport == "batch":
+                raise JudgeUnavailable(
+                    f"{self.name}: message batches are not offered for this model or by this "
+                    "service. Use transport='sync'."
+                )
+            batch = False
+        rest = itertools.chain(first, asked)
+        if not batch and not open_batches:
+            return await super().ask(client, rest, book, told)
+        batches = BatchAsking(self, client, book, told)
+        left = await batches.finish(open_batches, rest if batch else iter(()))
+        return left if batch else left + await super().ask(client, rest, book, told)
+
+    async def _abilities(self, client: Any) -> Abilities:
+        """What the API says the model can do; everything, where it does not say."""
+        if self._known_abilities is None:
+            try:
+                info = await client.models.retrieve(self.model)
+                plain = info.model_dump(warnings=False)
+            except Exception as error:
+                trouble = self.trouble(error)
+                if (
+                    isinstance(trouble, JudgeUnavailable)
+                    and getattr(error, "status_code", 0) == 401
+                ):
+                    raise trouble from None
+                # Gateways and clouds often lack this call; a real problem shows at the first request.
+                logger.debug("what %s can do is not known: %s", self.model, trouble)
+                plain = {}
+            self._known_abilities = Abilities.read(plain)
+        return self._known_abilities
+
+    def _fit_to(self, abilities: Abilities) -> None:
+        """Ask only for what the model can do; refuse what cannot be had."""
+        if abilities.retired:
+            raise JudgeUnavailable(f"{self.name}: the API lists this model as retired.")
+        if (
+            abilities.efforts is not None
+            and abilities.efforts
+            and (self.effort not in abilities.efforts)
+        ):
+            raise JudgeUnavailable(
+                f"{self.name}: this model knows the efforts {', '.join(sorted(abilities.efforts))}, "
+                f"got {self.effort!r}."
+            )
+        output: dict[str, Any] = {}
+        if abilities.efforts is None or abilities.efforts:
+            output["effort"] = self.effort
+        if abilities.structured_outputs:
+            output["format"] = {"type": "json_schema", "schema": REPLY_SCHEMA}
+        shared = self._shared_params()
+        del shared["output_config"]
+        system = shared["system"][0]
+        if not abilities.structured_outputs:
+            system["text"] += PLAIN_JSON
+        self._shared = {**shared, "output_config": output} if output else shared
+        self._shared_bytes = _bytes(self._shared)
 
     @contextlib.asynccontextmanager
     async def open_client(self) -> AsyncIterator[Any]:
@@ -272,7 +348,7 @@ class AnthropicJudge(ApiJudge):
             raw = await client.messages.with_raw_response.create(**request.params)
             content, headers = raw.http_response.content, raw.http_response.headers
         except Exception as error:
-            trouble = self._trouble(error)
+            trouble = self.trouble(error)
             if trouble is error:
                 raise
             # Without its cause: that one may hold request headers, and with them the key.
@@ -280,7 +356,7 @@ class AnthropicJudge(ApiJudge):
         message = self._decoded(content)
         return self.read_message(
             message,
-            self._worst_tokens(request.shown),
+            self.worst_tokens(request.shown),
             request.params["max_tokens"],
             request_id=headers.get("request-id"),
             remaining=_count(headers.get("anthropic-ratelimit-requests-remaining")),
@@ -359,8 +435,40 @@ class AnthropicJudge(ApiJudge):
             text = text.replace(secret, "[hidden]")
         return re.sub(r"sk-ant-[\w-]+", "[hidden]", text)
 
-    def _trouble(self, error: Exception) -> Exception:
+    def trouble(self, error: Exception) -> Exception:
+        """What an SDK exception means for asking."""
         return sdk_trouble(error, self.hide_secrets, self.retry_after_cap_s)
+
+
+class Abilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model can do, as the API's list of models says. `efforts` is None where unknown."""
+
+    structured_outputs: bool = True
+    batch: bool = True
+    efforts: frozenset[str] | None = None
+    retired: bool = False
+
+    @classmethod
+    def read(cls, info: dict[str, Any]) -> Abilities:
+        """From the API's description of a model; what it does not say is taken as given."""
+        said = info.get("capabilities") or {}
+
+        def supports(name: str, default: bool) -> bool:
+            value = (said.get(name) or {}).get("supported")
+            return value if isinstance(value, bool) else default
+
+        efforts = None
+        if "effort" in said:
+            levels = said["effort"] or {}
+            efforts = frozenset(
+                level for level in EFFORTS if (levels.get(level) or {}).get("supported")
+            )
+        return cls(
+            structured_outputs=supports("structured_outputs", True),
+            batch=supports("batch", True),
+            efforts=efforts,
+            retired=info.get("lifecycle") == "retired",
+        )
 
 
 # --- What comes back --------------------------------------------------------------------------

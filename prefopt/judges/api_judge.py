@@ -33,7 +33,7 @@ import msgspec
 from prefopt.errors import BudgetExceeded, JudgeUnavailable
 from prefopt.judges.base import Asked, Judge, Told
 from prefopt.judges.concurrency import AdaptiveLimit
-from prefopt.judges.ledger import Attempt, Ledger, Question
+from prefopt.judges.ledger import Attempt, Claimed, Ledger, Question
 from prefopt.judges.rubric import Rubric
 from prefopt.judges.wording import parse_verdict
 from prefopt.types import Comparison, Usage, Verdict, VerdictFailure
@@ -50,6 +50,15 @@ class Request(NamedTuple):
     params: dict[str, Any]
     shown: str
     worst_usd: float
+
+
+class Job(NamedTuple):
+    """A question on its way: `claimed` when it is ours already, at no money set aside."""
+
+    key: str
+    comparison_id: str
+    request: Request
+    claimed: bool = False
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -215,7 +224,11 @@ class ApiJudge(Judge):
         told: Callable[[str, Verdict], Any],
     ) -> int:
         """Ask over an open client; returns how many questions were left to other processes."""
-        return await Asking(self, client, asked, book, told).finish()
+        return await Asking(self, client, self.jobs(asked), book, told).finish()
+
+    def jobs(self, asked: Iterable[Asked]) -> Iterator[Job]:
+        """The questions with their requests, made as they are needed."""
+        return (Job(key, c.comparison_id, self.request(c)) for key, c in asked)
 
     def verdicts(
         self, comparisons: Sequence[Comparison]
@@ -257,6 +270,43 @@ class ApiJudge(Judge):
         return text
 
 
+class Desk:
+    """Writes to a ledger for many at once: all that comes within a moment is one transaction."""
+
+    _MOMENT_S = 0.002
+
+    def __init__(self, book: Ledger) -> None:
+        self._book = book
+        self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
+
+    async def write(self, change: Callable[[], T]) -> T:
+        """Make a change and return what it returns, once it is on disk."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+        if not self._waiting:
+            loop.call_later(self._MOMENT_S, self.write_all)
+        self._waiting.append((change, done))
+        # A change once handed in is made, even if the one who asked is cancelled meanwhile.
+        return await done
+
+    def write_all(self) -> None:
+        """Write what waits, now."""
+        changes, self._waiting = self._waiting, []
+        if not changes:
+            return
+        try:
+            with self._book.together():
+                results = [change() for change, _ in changes]
+        except Exception as error:
+            for _, done in changes:
+                if not done.done():
+                    done.set_exception(error)
+            return
+        for result, (_, done) in zip(results, changes, strict=True):
+            if not done.done():
+                done.set_result(result)
+
+
 class Asking:
     """One pass over some questions: workers, retries, and when to stop."""
 
@@ -268,14 +318,15 @@ class Asking:
         self,
         judge: ApiJudge,
         client: Any,
-        asked: Iterator[Asked],
+        jobs: Iterator[Job],
         book: Ledger,
         told: Callable[[str, Verdict], Any],
     ) -> None:
         self.judge = judge
         self.client = client
-        self.asked = asked
+        self.jobs = jobs
         self.book = book
+        self.desk = Desk(book)
         self.told = told
         self.finished = 0
         self.left_to_others = 0
@@ -297,6 +348,7 @@ class Asking:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+            self.desk.write_all()
             self.limit.open_gates()
         if isinstance(self.stop, OutOfBudget):
             raise self.judge.stopped_at_limit(self.book, self.stop.needed_usd, self.finished)
@@ -311,23 +363,23 @@ class Asking:
         while self.stop is None:
             epoch = await self.limit.acquire()
             try:
-                if self.stop is not None or (item := next(self.asked, None)) is None:
-                    self.asked = iter(())
+                if self.stop is not None or (job := next(self.jobs, None)) is None:
+                    self.jobs = iter(())
                     # The others need not wait for a place to learn that nothing is left.
                     self.limit.open_gates()
                     return
-                await self._ask(item, epoch)
+                await self._ask(job, epoch)
             finally:
                 self.limit.release()
 
-    async def _ask(self, item: Asked, epoch: int) -> None:
-        request = self.judge.request(item.comparison)
+    async def _ask(self, job: Job, epoch: int) -> None:
+        key = job.key
         bills: list[Usage] = []
         problem: Unanswered | None = None
         try:
-            if not await self._claim(item, request):
+            if not job.claimed and not await self._claim(job):
                 return
-            said = await self._answer(item.key, request, bills, epoch)
+            said = await self._answer(job, bills, epoch)
         except Unanswered as error:
             problem = error
             said = failed(error.failure, str(error))
@@ -335,13 +387,13 @@ class Asking:
             self._stop(error)
             if bills:  # paid for, so it must show up in the records
                 message = "Judging stopped before this comparison had a whole answer."
-                await self._tell(item.key, failed("unavailable", message), bills, ())
+                await self._tell(key, failed("unavailable", message), bills, ())
             else:
-                self.book.unclaim(item.key)
+                self.book.unclaim(key)
             return
         self.finished += 1
         self._watch(problem)
-        await self._tell(item.key, said, bills, self._last_attempt(said))
+        await self._tell(key, said, bills, self._last_attempt(said))
 
     @staticmethod
     def _last_attempt(said: dict[str, Any]) -> tuple[Attempt, ...]:
@@ -353,7 +405,7 @@ class Asking:
     ) -> None:
         usage = bills[0] if len(bills) == 1 else total_usage(bills)
         verdict = Verdict(judge=self.judge.name, usage=usage, **said)
-        self.book.record(key, self.judge.name, verdict, attempts)
+        await self.desk.write(lambda: self.book.record(key, self.judge.name, verdict, attempts))
         self.changed.set()
         told = self.told(key, verdict)
         if inspect.isawaitable(told):
@@ -389,14 +441,19 @@ class Asking:
             self.stop = reason
         self.limit.open_gates()
 
-    async def _answer(
-        self, key: str, request: Request, bills: list[Usage], epoch: int
-    ) -> dict[str, Any]:
-        reply = await self._persist(key, request, bills, epoch, reserved=True)
-        if reply.end == "truncated" and (larger := self.judge.larger(request)) is not None:
-            self.book.attempt(key, answered(reply))
-            self.spending -= 1
+    async def _answer(self, job: Job, bills: list[Usage], epoch: int) -> dict[str, Any]:
+        key, request = job.key, job.request
+        larger = self.judge.larger(request)
+        if larger is not None and self.book.was_truncated(key):
+            # The small try was made, by a process that ended then or by a batch.
+            if not job.claimed:
+                self.spending -= 1
             reply = await self._persist(key, larger, bills, epoch, reserved=False)
+        else:
+            reply = await self._persist(key, request, bills, epoch, reserved=not job.claimed)
+            if reply.end == "truncated" and larger is not None:
+                self._count_attempt(key, answered(reply, "truncated"))
+                reply = await self._persist(key, larger, bills, epoch, reserved=False)
         self.spending -= 1
         return {**said_by(reply), "attempt": answered(reply)}
 
@@ -505,15 +562,19 @@ class Asking:
         self.book.attempt(key, attempt)
         self.changed.set()
 
-    async def _claim(self, item: Asked, request: Request) -> bool:
-        question = Question(item.key, item.comparison.comparison_id, request.shown)
-        while not self.halted.is_set():
-            outcome = self.book.claim(
+    async def _claim(self, job: Job) -> bool:
+        question = Question(job.key, job.comparison_id, job.request.shown)
+
+        def claim() -> Claimed:
+            return self.book.claim(
                 question,
                 self.judge.name,
-                worst_usd=request.worst_usd,
+                worst_usd=job.request.worst_usd,
                 max_usd=self.judge.max_usd,
             )
+
+        while not self.halted.is_set():
+            outcome = await self.desk.write(claim)
             if outcome == "claimed":
                 self.spending += 1
                 return True
@@ -521,7 +582,7 @@ class Asking:
                 self.left_to_others += 1
             if outcome != "no_money":
                 return False
-            await self._wait_for_money(request.worst_usd)
+            await self._wait_for_money(job.request.worst_usd)
         raise Halted
 
     async def _reserve(self, key: str, usd: float) -> None:
@@ -534,14 +595,20 @@ class Asking:
 
     async def _wait_for_money(self, usd: float) -> None:
         """Worst cases are far above real costs: what is under way frees the rest when it ends."""
-        if self.spending == 0 and (self.stop is not None or self.book.money().reserved_usd < 1e-9):
-            raise OutOfBudget(usd)
-        self.changed.clear()
         if self.spending:
+            self.changed.clear()
             await self.changed.wait()
-        else:  # it is another process that has money set aside
-            await asyncio.sleep(self._TURN_S)
-            self.book.bury_the_dead()
+            return
+        if self.stop is not None:
+            raise OutOfBudget(usd)
+        assert self.judge.max_usd is not None, "only a limit can be in the way"
+        if self.book.fits(usd, self.judge.max_usd):
+            return  # freed in the same moment
+        if self.book.money().reserved_usd < 1e-9:
+            raise OutOfBudget(usd)
+        # It is another process that has money set aside.
+        await asyncio.sleep(self._TURN_S)
+        self.book.bury_the_dead()
 
     async def _nap(self, seconds: float) -> None:
         nap = asyncio.ensure_future(self.judge.sleep(seconds))

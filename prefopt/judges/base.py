@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from prefopt.errors import JudgeError
 from prefopt.judges.ledger import Ledger, Question
 from prefopt.judges.rubric import HOUSE_STYLE, Rubric
 from prefopt.types import Comparison, Verdict, content_hash
+
+_WRITE_EVERY_S = 0.2
 
 
 class CostEstimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,26 +100,41 @@ class Judge(abc.ABC):
         """
         left_to_others = 0
         while portion := list(itertools.islice(asked, self.window)):
-            ours = []
-            for key, comparison in portion:
-                question = Question(key, comparison.comparison_id)
-                claimed = book.claim(question, self.name)
-                if claimed == "claimed":
-                    ours.append((key, comparison))
-                left_to_others += claimed == "taken"
-            if not ours:
-                continue
-            left = {key for key, _ in ours}
-            # Closed at once on any error, so that whatever runs behind it stops.
-            with contextlib.closing(self.verdicts([c for _, c in ours])) as verdicts:
-                for index, verdict in verdicts:
-                    key = ours[index][0]
-                    book.record(key, self.name, verdict)
-                    left.discard(key)
-                    told(key, verdict)
-            if left:
-                raise JudgeError(
-                    f"judge {self.name} gave no verdict for {len(left)} of {len(ours)} comparisons. "
-                    "A judge must yield a verdict for each, with a failure where it has none."
-                )
+            questions = [Question(key, c.comparison_id) for key, c in portion]
+            claims = book.claim_all(questions, self.name)
+            left_to_others += claims.count("taken")
+            ours = [a for a, claim in zip(portion, claims, strict=True) if claim == "claimed"]
+            if ours:
+                self._answer_portion(ours, book, told)
         return left_to_others
+
+    def _answer_portion(self, ours: Sequence[Asked], book: Ledger, told: Told) -> None:
+        left = {key for key, _ in ours}
+        new: list[tuple[str, str, Verdict, None]] = []
+        written_at = time.monotonic()
+
+        def write() -> None:
+            nonlocal written_at
+            book.record_all(new)
+            for key, _, verdict, _ in new:
+                told(key, verdict)
+            new.clear()
+            written_at = time.monotonic()
+
+        # Closed at once on any error, so that whatever runs behind it stops.
+        with contextlib.closing(self.verdicts([c for _, c in ours])) as verdicts:
+            try:
+                for index, verdict in verdicts:
+                    key = ours[index].key
+                    new.append((key, self.name, verdict, None))
+                    left.discard(key)
+                    # One transaction a verdict would cost more than many a verdict does.
+                    if time.monotonic() - written_at > _WRITE_EVERY_S:
+                        write()
+            finally:
+                write()
+        if left:
+            raise JudgeError(
+                f"judge {self.name} gave no verdict for {len(left)} of {len(ours)} comparisons. "
+                "A judge must yield a verdict for each, with a failure where it has none."
+            )

@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     input_tokens INTEGER, output_tokens INTEGER, cost_usd REAL, unknown_usd REAL NOT NULL DEFAULT 0,
     problem TEXT, ended_at REAL NOT NULL
 );
+CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key, outcome);
 CREATE TABLE IF NOT EXISTS verdicts (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, judge TEXT NOT NULL, owner TEXT NOT NULL,
     failure TEXT, cost_usd REAL NOT NULL, verdict TEXT NOT NULL, recorded_at REAL NOT NULL
@@ -128,6 +129,8 @@ class Ledger:
         self.owner = secrets.token_hex(8)
         self._lock = threading.RLock()
         self._alive: FileLock | None = None
+        self._inside = False
+        self._careful: bool | None = None
         try:
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -241,6 +244,11 @@ class Ledger:
                 found[key] = msgspec.json.decode(verdict, type=Verdict)
         return found
 
+    def was_truncated(self, key: str) -> bool:
+        """Whether a reply to this question was cut off by its token limit before."""
+        rows = self._read("SELECT 1 FROM attempts WHERE key = ? AND outcome = 'truncated'", (key,))
+        return bool(rows)
+
     def money(self) -> Money:
         """What the ledger's questions have cost and may cost, in US dollars."""
         row = self._read("SELECT spent_usd, unknown_usd, reserved_usd FROM money", ())[0]
@@ -264,6 +272,11 @@ class Ledger:
         with self._writing(careful=False):
             return self._claim(question, judge, worst_usd, max_usd, None)
 
+    def claim_all(self, questions: Iterable[Question], judge: str) -> list[Claimed]:
+        """`claim` for many questions that cost nothing, in one transaction."""
+        with self._writing(careful=False):
+            return [self._claim(question, judge, 0.0, None, None) for question in questions]
+
     def _claim(
         self,
         question: Question,
@@ -280,14 +293,16 @@ class Ledger:
         holder = self._db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
         if holder is not None:
             return "taken"
-        if max_usd is not None and not self._fits(worst_usd, max_usd):
+        if worst_usd and max_usd is not None and not self._fits(worst_usd, max_usd):
             return "no_money"
         self._db.execute("INSERT INTO claims VALUES (?,?,?,?)", (key, self.owner, worst_usd, batch))
-        self._db.execute("UPDATE money SET reserved_usd = reserved_usd + ?", (worst_usd,))
-        self._db.execute(
-            "INSERT OR IGNORE INTO questions VALUES (?,?,?,?)",
-            (key, judge, question.comparison_id, question.shown),
-        )
+        if worst_usd:
+            self._db.execute("UPDATE money SET reserved_usd = reserved_usd + ?", (worst_usd,))
+        if question.shown:
+            self._db.execute(
+                "INSERT OR IGNORE INTO questions VALUES (?,?,?,?)",
+                (key, judge, question.comparison_id, question.shown),
+            )
         return "claimed"
 
     def fits(self, usd: float, max_usd: float) -> bool:
@@ -414,7 +429,7 @@ class Ledger:
         gone = self._db.execute(
             "DELETE FROM claims WHERE key = ? RETURNING worst_usd", (key,)
         ).fetchall()
-        if gone:
+        if gone and gone[0][0]:
             self._db.execute("UPDATE money SET reserved_usd = reserved_usd - ?", gone[0])
 
     # --- Those who died -----------------------------------------------------------------------
@@ -474,18 +489,22 @@ class Ledger:
         judge: str,
         *,
         max_usd: float | None,
-    ) -> list[Question]:
-        """Write down that a batch is about to be sent; returns the questions that go into it.
+    ) -> tuple[list[Question], int, int]:
+        """Write down that a batch is about to be sent.
 
-        Left out are those that are answered, taken, or (from the first that does not) do not fit
-        the limit. With none left nothing is written.
+        Returns the questions that go into it, how many of those given are dealt with, and how many
+        of them other processes have under way. Left out are those that are answered or taken; the
+        first that does not fit the limit ends it. With none left nothing is written.
         """
         with self._writing():
-            ours = []
+            ours: list[Question] = []
+            seen = taken = 0
             for question, worst_usd in questions:
                 claimed = self._claim(question, judge, worst_usd, max_usd, name)
                 if claimed == "no_money":
                     break
+                seen += 1
+                taken += claimed == "taken"
                 if claimed == "claimed":
                     ours.append(question)
             if ours:
@@ -493,7 +512,7 @@ class Ledger:
                     "INSERT INTO batches VALUES (?,?,?,NULL,'intended',?,?,NULL)",
                     (name, fingerprint, self.owner, len(ours), time.time()),
                 )
-            return ours
+            return ours, seen, taken
 
     def set_batch(
         self, name: str, state: BatchState, *, batch_id: str | None = None, note: str | None = None
@@ -511,9 +530,11 @@ class Ledger:
                 ).fetchall():
                     self._unclaim(key)
 
-    def keep_for_sync(self, key: str) -> None:
-        """Take a question out of its batch, still claimed, to be asked again by itself."""
+    def leave_batch(self, key: str, attempt: Attempt) -> None:
+        """Keep what a batch said of a question and take it out, still ours, to ask it by itself."""
         with self._writing():
+            self._attempt(key, attempt)
+            self._set_aside(key, 0.0)
             self._db.execute(
                 "UPDATE claims SET batch = NULL, owner = ? WHERE key = ?", (self.owner, key)
             )
@@ -583,11 +604,23 @@ class Ledger:
                 ) from error
 
     @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """One transaction for everything written inside: all of it or nothing."""
+        with self._writing():
+            yield
+
+    @contextlib.contextmanager
     def _writing(self, *, careful: bool = True) -> Iterator[None]:
         """One transaction. With `careful=False` a power cut may undo it; a kill may not."""
         with self._lock:
+            if self._inside:
+                yield
+                return
+            self._inside = True
             try:
-                self._db.execute(f"PRAGMA synchronous={'FULL' if careful else 'NORMAL'}")
+                if careful != self._careful:
+                    self._db.execute(f"PRAGMA synchronous={'FULL' if careful else 'NORMAL'}")
+                    self._careful = careful
                 # IMMEDIATE: what is read inside is still true when it is written.
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
@@ -601,6 +634,8 @@ class Ledger:
                     f"cannot write to the judgement ledger {self.path}: {error}. Judging stops so "
                     "that no further verdict is paid for and lost."
                 ) from error
+            finally:
+                self._inside = False
 
 
 def _some(keys: Iterable[str]) -> Iterator[tuple[str, ...]]:

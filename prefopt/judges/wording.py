@@ -55,6 +55,11 @@ REPLY_SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+PLAIN_JSON = """
+
+Reply with one JSON object and nothing else: {"rationale": "...", "verdict": "..."}"""
+"""Added to the instructions where the service cannot hold a reply to a schema."""
+
 
 def instructions(rubric: Rubric) -> str:
     """The system text: how to read the message, what to fill in, and the rubric. Never user text."""

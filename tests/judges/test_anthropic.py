@@ -165,7 +165,7 @@ def test_without_a_client_one_is_made_from_the_environment_and_closed(monkeypatc
 
     def offline(**options):
         assert options == {"max_retries": 0, "timeout": 600.0}
-        transport = httpx2.MockTransport(fake._respond)
+        transport = httpx2.MockTransport(fake.respond)
         made.append(real(http_client=httpx2.AsyncClient(transport=transport), **options))
         return made[-1]
 
@@ -691,7 +691,7 @@ def test_a_request_waiting_for_its_next_try_gives_up_when_the_run_stops():
         await asleep.wait()
         return status_fault(403)(fake, request)
 
-    fake.faults = [status_fault(529), forbid_once_asleep]
+    fake.faults = [status_fault(500), forbid_once_asleep]
     judge = fake_judge(fake, concurrency=2, sleep=sleep_for_ever)
     with pytest.raises(JudgeUnavailable, match="does not allow"):
         list(judge.verdicts(numbered(2)))
@@ -1157,6 +1157,6 @@ def test_no_key_in_any_verdict_error_or_log(key, caplog):
 def test_a_bad_key_is_told_without_showing_it():
     fake = FakeAnthropic(prefer_good)
     judge = fake_judge(fake, client=fake.client(api_key="bad"))
-    with pytest.raises(JudgeUnavailable, match=r"rejected the credentials.*0 asked"):
+    with pytest.raises(JudgeUnavailable, match=r"rejected the credentials"):
         list(judge.verdicts(numbered(5)))
     assert judge.spent_usd == 0
