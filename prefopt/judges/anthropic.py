@@ -142,6 +142,7 @@ class AnthropicJudge(ApiJudge):
         self.price = price
         self.batch_poll_s = batch_poll_s
         self.reconcile_s = reconcile_s
+        self.batches_never_made = 0
         self._client = client
         self._known_abilities: Abilities | None = None
         self._shared = self._shared_params()

@@ -15,11 +15,11 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from prefopt.errors import JudgeUnavailable
+from prefopt.errors import JudgeUnavailable, PrefoptError
 from prefopt.judges.api_judge import (
     Asking,
     Job,
@@ -46,6 +46,7 @@ MAX_BYTES = 100_000_000
 
 _CLOCK_SKEW_S = 300.0
 _WRITE_AT_ONCE = 500
+_TRIES_TO_MAKE = 3
 
 
 class BatchAsking:
@@ -99,7 +100,13 @@ class BatchAsking:
                     out_of_money = pending[0][1].worst_usd * self._discount
             if not under_way:
                 break
-            ended = [batch for batch in under_way if await self._collected(batch)]
+            ended = []
+            for batch in under_way:
+                fate = await self._collected(batch)
+                if fate != "open":
+                    ended.append(batch)
+                if fate == "never_made":
+                    left_to_others += batch.n  # to be asked in the next pass
             under_way = [batch for batch in under_way if batch not in ended]
             if ended:
                 out_of_money = None  # real costs are far below what was set aside
@@ -228,6 +235,9 @@ class BatchAsking:
                 if found.id in known or _n_requests(found) != batch.n:
                     continue
                 if found.processing_status != "ended":
+                    # Looked at by itself: a page of a list may be older than the batch.
+                    found = await self.client.messages.batches.retrieve(found.id)
+                if found.processing_status != "ended":
                     waiting = True
                 elif await self._carries(found, batch.name):
                     return found
@@ -246,8 +256,8 @@ class BatchAsking:
 
     # --- Collecting ---------------------------------------------------------------------------
 
-    async def _collected(self, batch: Batch) -> bool:
-        """Fetch a batch's results if it has ended; whether it is done with."""
+    async def _collected(self, batch: Batch) -> Literal["open", "collected", "never_made"]:
+        """Fetch a batch's results if it has ended; what became of it."""
         waits = itertools.count(1)
         while True:
             try:
@@ -258,21 +268,30 @@ class BatchAsking:
                             "the message batch was never made; its questions are free again"
                         )
                         self.book.set_batch(batch.name, "abandoned", note="never made")
-                        return True
+                        self.judge.batches_never_made += 1
+                        if self.judge.batches_never_made >= _TRIES_TO_MAKE:
+                            raise JudgeUnavailable(
+                                f"{self.judge.name}: {_TRIES_TO_MAKE} message batches could not be "
+                                "made. Nothing was billed for them. Run again later, or use "
+                                "transport='sync'."
+                            )
+                        return "never_made"
                     self.book.set_batch(batch.name, "submitted", batch_id=found.id)
                     batch = msgspec.structs.replace(batch, batch_id=found.id, state="submitted")
                 found = await self.client.messages.batches.retrieve(batch.batch_id)
                 if found.processing_status != "ended":
-                    return False
+                    return "open"
                 await self._collect(batch)
-                return True
+                return "collected"
+            except PrefoptError:
+                raise
             except Exception as error:
                 trouble = self.judge.trouble(error)
                 if trouble is error:
                     raise
                 if getattr(error, "status_code", None) == 404 and batch.batch_id is not None:
                     self._lost(batch, "the API no longer has this batch or its results")
-                    return True
+                    return "collected"
                 if isinstance(trouble, JudgeUnavailable):
                     raise trouble from None
                 if next(waits) >= self.judge.max_attempts:

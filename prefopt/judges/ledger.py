@@ -131,6 +131,7 @@ class Ledger:
         self._alive: FileLock | None = None
         self._inside = False
         self._careful: bool | None = None
+        self._any_truncated = False
         try:
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +247,8 @@ class Ledger:
 
     def was_truncated(self, key: str) -> bool:
         """Whether a reply to this question was cut off by its token limit before."""
+        if not self._any_truncated:
+            return False
         rows = self._read("SELECT 1 FROM attempts WHERE key = ? AND outcome = 'truncated'", (key,))
         return bool(rows)
 
@@ -286,14 +289,18 @@ class Ledger:
         batch: str | None,
     ) -> Claimed:
         key = question.key
-        if self._db.execute(
-            "SELECT 1 FROM verdicts WHERE key = ? AND failure IS NULL", (key,)
-        ).fetchone():
+        answered, taken, spent, unknown, reserved = self._db.execute(
+            "SELECT EXISTS (SELECT 1 FROM verdicts WHERE key = ?1 AND failure IS NULL), "
+            "EXISTS (SELECT 1 FROM claims WHERE key = ?1), spent_usd, unknown_usd, reserved_usd "
+            "FROM money",
+            (key,),
+        ).fetchone()
+        if answered:
             return "answered"
-        holder = self._db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
-        if holder is not None:
+        if taken:
             return "taken"
-        if worst_usd and max_usd is not None and not self._fits(worst_usd, max_usd):
+        limited = worst_usd > 0 and max_usd is not None
+        if limited and not _fits(Money(spent, unknown, reserved), worst_usd, max_usd):
             return "no_money"
         self._db.execute("INSERT INTO claims VALUES (?,?,?,?)", (key, self.owner, worst_usd, batch))
         if worst_usd:
@@ -307,13 +314,7 @@ class Ledger:
 
     def fits(self, usd: float, max_usd: float) -> bool:
         """Whether `usd` more stays within the limit, counting all that is spent and set aside."""
-        with self._lock:
-            return self._fits(usd, max_usd)
-
-    def _fits(self, usd: float, max_usd: float) -> bool:
-        spent, unknown, reserved = self.money()
-        # A limit of a sum of doubles: a billionth of a dollar is rounding, not money.
-        return spent + unknown + max(reserved, 0.0) + usd <= max_usd + 1e-9
+        return _fits(self.money(), usd, max_usd)
 
     def reserve(self, key: str, worst_usd: float, max_usd: float | None) -> bool:
         """Set aside `worst_usd` in all for a question of ours; False where it does not fit."""
@@ -324,7 +325,7 @@ class Ledger:
             if held is None:
                 raise DataError(f"the question {key[:16]} is not claimed by this process.")
             more = worst_usd - held[0]
-            if more > 0 and max_usd is not None and not self._fits(more, max_usd):
+            if more > 0 and max_usd is not None and not _fits(self.money(), more, max_usd):
                 return False
             self._set_aside(key, worst_usd)
             return True
@@ -391,6 +392,7 @@ class Ledger:
             self._unclaim(key)
 
     def _attempt(self, key: str, attempt: Attempt) -> None:
+        self._any_truncated |= attempt.outcome == "truncated"
         self._db.execute(
             "INSERT INTO attempts (key, owner, outcome, transport, batch, request_id, stop_reason, "
             "reply, input_tokens, output_tokens, cost_usd, unknown_usd, problem, ended_at) "
@@ -443,6 +445,9 @@ class Ledger:
         """
         if self.path is None:
             return 0
+        self._any_truncated = bool(
+            self._read("SELECT 1 FROM attempts WHERE outcome = 'truncated' LIMIT 1", ())
+        )
         lost = 0
         for (owner,) in self._read("SELECT owner FROM owners WHERE owner != ?", (self.owner,)):
             if self._is_alive(owner):
@@ -636,6 +641,12 @@ class Ledger:
                 ) from error
             finally:
                 self._inside = False
+
+
+def _fits(money: Money, usd: float, max_usd: float) -> bool:
+    # A limit on a sum of doubles: a billionth of a dollar is rounding, not money.
+    spent, unknown, reserved = money
+    return spent + unknown + max(reserved, 0.0) + usd <= max_usd + 1e-9
 
 
 def _some(keys: Iterable[str]) -> Iterator[tuple[str, ...]]:
