@@ -1,8 +1,10 @@
-"""An offline stand-in for the Anthropic Messages API, for tests of code that uses a paid judge.
+"""An offline stand-in for the Anthropic API, for tests of code that uses a paid judge.
 
 In: a function that answers requests. Out: a real `anthropic.AsyncAnthropic` whose requests never
-leave the process. As strict as the real API about what it accepts, it can also fail in the ways the
-real one does. It knows nothing of batches, streams, tools or of whether a judge is any good.
+leave the process, or a server on a socket of this machine. Messages, token counts, models and
+message batches are as strict as the real API about what they accept, report what was used, and can
+fail in the ways the real ones do. It knows nothing of streams, of what tools do, or of whether a
+judge is any good.
 
     fake = FakeAnthropic(lambda params: verdict_reply("first"))
     judge = AnthropicJudge("claude-sonnet-5-5", max_usd=1.0, client=fake.client())
@@ -11,300 +13,509 @@ real one does. It knows nothing of batches, streams, tools or of whether a judge
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
-import re
+import math
+import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prefopt.testing.answers import Answer, shown_responses, verdict_reply
+from prefopt.testing.batches import Batch, BatchResult, BatchStore, errored
+from prefopt.testing.billing import Bill, BillLog, request_hash
+from prefopt.testing.catalogue import CATALOGUE, ModelSpec, find_model, model_info
+from prefopt.testing.faults import Fault, FaultPlan
+from prefopt.testing.rate_limits import RateLimits
+from prefopt.testing.validation import (
+    Rejected,
+    check_batch,
+    check_batch_params,
+    check_count_tokens,
+    check_message,
+)
+from prefopt.testing.wire_format import ERROR_TYPES, endpoint_of, error_body, json_response
 
 if TYPE_CHECKING:
     import httpx2
     from anthropic import AsyncAnthropic
 
-Answer = Callable[[dict[str, Any]], "str | Mapping[str, Any]"]
-"""From the request's body to the text of the reply, or to fields of the message that replace the
-default ones; "text" among them stands for the text block."""
-
-Fault = Callable[
-    ["FakeAnthropic", "httpx2.Request"], "httpx2.Response | Awaitable[httpx2.Response]"
-]
-"""What one request gets in place of an answer."""
+__all__ = ["Answer", "FakeAnthropic", "Fault", "shown_responses", "verdict_reply"]
 
 _THINKING_TOKENS = 40
-_MIN_CACHEABLE_TOKENS = 512
-_FIELDS = {
-    *("max_tokens", "messages", "model", "cache_control", "container", "diagnostics"),
-    *("inference_geo", "metadata", "output_config", "service_tier", "speed", "stop_sequences"),
-    *("stream", "system", "thinking", "tool_choice", "tools"),
-}
-_EFFORTS = ("low", "medium", "high", "xhigh", "max")
-_ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
+_BILLED_TOKENS = (
+    *("input_tokens", "output_tokens"),
+    *("cache_creation_input_tokens", "cache_read_input_tokens"),
+)
+_CACHE_SECONDS = {"5m": 300.0, "1h": 3600.0}
 
 
-def verdict_reply(verdict: str, rationale: str = "It follows the rubric better.") -> str:
-    """The text of a well-formed judge's reply: "first_much", "first", "tie", "second", ..."""
-    return json.dumps({"rationale": rationale, "verdict": verdict})
+class _Prompt(NamedTuple):
+    """The size of a request in tokens, and where its marked system text is kept, if it is."""
 
+    message_tokens: int
+    system_tokens: int
+    cache_key: tuple[str, str] | None
+    cache_ttl: str
+    cached: bool
 
-def shown_responses(params: Mapping[str, Any]) -> tuple[str, str]:
-    """The texts of response_1 and response_2 in a request made by `AnthropicJudge`.
-
-    Raises:
-        ValueError: the request shows no such responses, or shows them ambiguously.
-    """
-    content = params["messages"][-1]["content"]
-    code = re.match(r"The code of this message is (\w+)\.", content)
-    found = []
-    for name in ("response_1", "response_2"):
-        tag = f"{name}-{code[1]}" if code else name
-        texts = re.findall(rf"^<{tag}>\n(.*?)\n</{tag}>$", content, re.DOTALL | re.MULTILINE)
-        if len(texts) != 1:
-            raise ValueError(f"expected one <{tag}> in the request, found {len(texts)}.")
-        found.append(texts[0])
-    return found[0], found[1]
+    @property
+    def uncached_tokens(self) -> int:
+        """What counts toward the limit of input tokens."""
+        return self.message_tokens + (0 if self.cached else self.system_tokens)
 
 
 class FakeAnthropic:
-    """Answers `POST /v1/messages` with what `answer(params)` returns, after a thinking block.
+    """Answers with what `answer(params)` returns, after a thinking block.
 
     Any key is accepted but "bad". A model whose name does not begin with "claude-" is not found.
     Tokens are counted as a quarter of the characters; a marked system text long enough to be
-    cached is written to a cache once and read from it afterwards.
+    cached is written to a cache once and read from it while it lasts.
+
+    Args:
+        answer: from a request's body to the reply; one that raises makes the request fail with
+            status 400 and the reason.
+        seed: decides the order of batch results.
+        clock: Unix time in seconds; every time the fake tells or measures comes from here.
+        latency_s: how long an answer takes. It is billed when its request arrives, so a client that
+            is killed while it waits has paid.
+        batch_polls: a batch ends at this retrieval of it.
+        batch_time_s: if given, a batch ends this long after it was made, however often it is asked
+            for.
+        batch_result: decides the outcome of every request of a batch; all succeed by default.
+        finished_at_cancel: share of a batch's requests that are done when it is canceled.
+        requests_per_minute: if given, a token bucket of this size for each family of endpoints
+            (messages, token counts, models, batches); what does not fit is answered with 429.
+        input_tokens_per_minute: the same for tokens of messages that are not read from a cache.
+        output_tokens_per_minute: the same for tokens of replies, known only afterwards.
+        log: a file to which a `Bill` is appended for every billed answer; see `read_bills`.
+        models: specs of models to add to `CATALOGUE` or to replace there.
+        keep: whether `requests`, `messages`, `bills` and `calls` are kept; a benchmark of many
+            requests saves memory without them. The numbers are counted in any case.
 
     Attributes:
-        requests: the body of every request that came, in order, those that failed included.
-        messages: every message that was sent back and would be billed, in order.
-        faults: consumed one per request: a `Fault`, or None for an ordinary answer.
+        requests: the body of every request for a message that came, in order, those that failed
+            included, those inside batches not.
+        messages: every message that would be billed, in order, those of batches included.
+        bills: a `Bill` for every one of `messages`.
+        batches: every batch that was made, by id, in order, deleted ones included.
+        calls: the name of the endpoint of every request that came ("messages.create",
+            "batches.results", ...), in order.
+        n_calls: how many requests of any kind came.
+        n_billed: how many answers were billed.
+        faults: consumed one per request but for those about models: a `Fault`, or None for an
+            ordinary answer. Or
+            a `FaultPlan`, which never ends.
+        max_batch_requests: the most requests in a batch.
+        max_batch_bytes: the largest body that makes a batch.
+        max_request_bytes: the largest other body.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    max_batch_requests = 100_000
+    max_batch_bytes = 256 * 2**20
+    max_request_bytes = 32 * 2**20
+
+    def __init__(
+        self,
+        answer: Answer,
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] = time.time,
+        latency_s: float = 0.0,
+        batch_polls: int = 2,
+        batch_time_s: float | None = None,
+        batch_result: BatchResult | None = None,
+        finished_at_cancel: float = 0.0,
+        requests_per_minute: float | None = None,
+        input_tokens_per_minute: float | None = None,
+        output_tokens_per_minute: float | None = None,
+        log: str | Path | None = None,
+        models: Mapping[str, ModelSpec] | None = None,
+        keep: bool = True,
+    ) -> None:
         self.answer = answer
         self.requests: list[dict[str, Any]] = []
         self.messages: list[dict[str, Any]] = []
-        self.faults: list[Fault | None] = []
-        self._cached: set[tuple[str, str]] = set()
-        self._ids = itertools.count(1)
+        self.calls: list[str] = []
+        self.n_calls = 0
+        self.n_billed = 0
+        self.faults: list[Fault | None] | FaultPlan = []
+        self._clock = clock
+        self._latency_s = latency_s
+        self._catalogue = {**CATALOGUE, **(models or {})}
+        self._keep = keep
+        self._billed: list[
+            tuple[float, dict[str, Any], dict[str, Any], str | None, str | None]
+        ] = []
+        self._log = None if log is None else BillLog(log)
+        self._lock = threading.RLock()
+        self._message_ids = itertools.count(1)
+        self._request_ids = itertools.count(1)
+        self._cached_until: dict[tuple[str, str], float] = {}
+        self._limits = {
+            family: RateLimits(
+                requests_per_minute=requests_per_minute,
+                input_tokens_per_minute=input_tokens_per_minute if family == "messages" else None,
+                output_tokens_per_minute=output_tokens_per_minute if family == "messages" else None,
+                clock=clock,
+            )
+            for family in ("messages", "count_tokens", "models", "batches")
+        }
+        self._batch_store = BatchStore(
+            self._batch_item,
+            clock=clock,
+            polls=batch_polls,
+            time_s=batch_time_s,
+            result=batch_result,
+            finished_at_cancel=finished_at_cancel,
+            seed=seed,
+        )
+
+    @property
+    def batches(self) -> dict[str, Batch]:
+        """Every batch that was made, by id, in order, deleted ones included."""
+        return self._batch_store.by_id
+
+    @property
+    def bills(self) -> list[Bill]:
+        """A `Bill` for every one of `messages`, made when asked for."""
+        return [_bill(*billed) for billed in self._billed]
+
+    def end_batches(self) -> None:
+        """End (and bill) every open batch now, as the real API would without being asked."""
+        with self._lock:
+            self._batch_store.end_all()
+
+    # --- Ways in ------------------------------------------------------------------------------
 
     def client(self, **options: Any) -> AsyncAnthropic:
         """A client of the Anthropic SDK that talks to this fake; `options` are the client's own."""
         import httpx2
         from anthropic import AsyncAnthropic
 
-        transport = httpx2.MockTransport(self._respond)
+        transport = httpx2.MockTransport(self.respond)
         options = {"api_key": "fake-key", **options}
         return AsyncAnthropic(http_client=httpx2.AsyncClient(transport=transport), **options)
 
-    async def _respond(self, request: httpx2.Request) -> httpx2.Response:
-        params = json.loads(request.content) if request.content else {}
-        self.requests.append(params)
-        fault = self.faults.pop(0) if self.faults else None
-        if fault is not None:
-            response = fault(self, request)
-            return await response if isinstance(response, Awaitable) else response
-        key = request.headers.get("x-api-key") or request.headers.get("authorization", "")
+    def serve(
+        self, *, unix_path: str | Path | None = None, port: int | None = None
+    ) -> contextlib.AbstractContextManager[str]:
+        """Serve on a Unix socket, or on a port of 127.0.0.1 (0: any free one), from a thread.
+
+        Yields the base URL to give to a client. One for a Unix socket also needs the path: see
+        `socket_client`.
+        """
+        from prefopt.testing.serving import serve_in_thread
+
+        return serve_in_thread(self.respond, unix_path=unix_path, port=port)
+
+    async def respond(self, request: httpx2.Request) -> httpx2.Response:
+        """Answer one HTTP request, after `latency_s`, with the next fault if one is due.
+
+        Raises:
+            httpx2.TransportError: where the fault is one of the connection.
+        """
+        endpoint = endpoint_of(request.method, request.url.path)
+        with self._lock:
+            fault = self._next_fault(endpoint.name)
+            self.n_calls += 1
+            if self._keep:
+                self.calls.append(endpoint.name)
+                if endpoint.name == "messages.create":
+                    self.requests.append(_body(request))
+        if fault is None:
+            response = self.handle(request)
+        else:
+            made = fault(self, request)
+            response = await made if isinstance(made, Awaitable) else made
+        if self._latency_s:
+            await asyncio.sleep(self._latency_s)
+        return response
+
+    def handle(self, request: httpx2.Request) -> httpx2.Response:
+        """The ordinary answer to one HTTP request: no fault, no wait."""
+        with self._lock:
+            try:
+                return self._handle(request)
+            except Rejected as rejected:
+                return self.error_response(rejected.status, rejected.message)
+
+    def _next_fault(self, endpoint: str) -> Fault | None:
+        if isinstance(self.faults, FaultPlan):
+            return self.faults.draw(endpoint)
+        # A list is written for the requests a test counts; looking up a model is not one of them.
+        if endpoint.startswith("models.") or not self.faults:
+            return None
+        return self.faults.pop(0)
+
+    # --- Endpoints ----------------------------------------------------------------------------
+
+    def _handle(self, request: httpx2.Request) -> httpx2.Response:
+        headers = request.headers
+        key = headers.get("x-api-key") or headers.get("authorization", "")
         if not key or key.removeprefix("Bearer ") == "bad":
-            return _error(401, "invalid x-api-key" if key else "x-api-key header is required")
-        if request.method != "POST" or not request.url.path.endswith("/v1/messages"):
-            return _error(404, f"Not found: {request.method} {request.url.path}")
-        if problem := _rejection(params):
-            return _error(400, problem)
-        if not params["model"].startswith("claude-"):
-            return _error(404, f"model: {params['model']}")
-        return self.reply(params)
+            raise Rejected(401, "invalid x-api-key" if key else "x-api-key header is required")
+        name, item_id, prefix = endpoint_of(request.method, request.url.path)
+        if not name:
+            raise Rejected(404, f"Not found: {request.method} {request.url.path}")
+        if not headers.get("anthropic-version"):
+            raise Rejected(400, "anthropic-version: header is required")
+        most = self.max_batch_bytes if name == "batches.create" else self.max_request_bytes
+        if len(request.content) > most:
+            raise Rejected(413, f"Request exceeds the maximum size of {most} bytes")
+        if name == "messages.create":
+            return self._create_message(_body(request))
+        family = "count_tokens" if name == "messages.count_tokens" else name.split(".")[0]
+        if limited := self._limited(family, 0):
+            return limited
+        match name:
+            case "messages.count_tokens":
+                params = _body(request)
+                check_count_tokens(params, self._catalogue)
+                prompt = self._prompt(params, find_model(params["model"], self._catalogue))
+                tokens = prompt.message_tokens + prompt.system_tokens
+                return self._json({"input_tokens": tokens}, family)
+            case "models.list":
+                infos = [model_info(model, spec) for model, spec in self._catalogue.items()]
+                return self._json(_page(infos, False), family)
+            case "models.retrieve":
+                spec = find_model(item_id, self._catalogue)
+                if spec is None:
+                    raise Rejected(404, f"model: {item_id}")
+                return self._json(model_info(item_id, spec), family)
+        base_url = f"{request.url.scheme}://{request.url.netloc.decode()}{prefix}"
+        store = self._batch_store
+        match name:
+            case "batches.create":
+                batch = store.create(check_batch(_body(request), self.max_batch_requests))
+            case "batches.list":
+                batches, has_more = store.page(request.url.params)
+                views = [store.view(batch, base_url) for batch in batches]
+                return self._json(_page(views, has_more), family)
+            case "batches.retrieve":
+                batch = store.retrieve(item_id)
+            case "batches.cancel":
+                batch = store.cancel(item_id)
+            case "batches.delete":
+                store.delete(item_id)
+                return self._json({"id": item_id, "type": "message_batch_deleted"}, family)
+            case _:
+                lines = [json.dumps(line) + "\n" for line in store.results(item_id)]
+                headers = self._headers(family) | {"content-type": "application/x-jsonl"}
+                return json_response("".join(lines).encode(), headers)
+        return self._json(store.view(batch, base_url), family)
+
+    def _create_message(self, params: Any) -> httpx2.Response:
+        spec = check_message(params, self._catalogue)
+        prompt = self._prompt(params, spec)
+        if limited := self._limited("messages", prompt.uncached_tokens):
+            return limited
+        return self._json(self._message(params, spec, prompt, {}), "messages")
 
     def reply(self, params: dict[str, Any], **changes: Any) -> httpx2.Response:
-        """The response to an accepted request; `changes` replace fields of the message."""
-        import httpx2
+        """The response to a request taken as accepted; `changes` replace fields of the message.
 
+        "text" among them stands for the text block, "output_tokens" for those of the usage.
+        """
+        with self._lock:
+            spec = find_model(params["model"], self._catalogue) or ModelSpec()
+            prompt = self._prompt(params, spec)
+            try:
+                message = self._message(params, spec, prompt, changes)
+            except Rejected as rejected:
+                return self.error_response(rejected.status, rejected.message)
+            return self._json(message, "messages")
+
+    def error_response(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx2.Response:
+        """An error as the API sends it: `code` is its "error_code", `headers` come on top."""
+        own = self._headers("messages")
+        body = error_body(status, message, code, own["request-id"])
+        return json_response(json.dumps(body).encode(), {**own, **(headers or {})}, status)
+
+    def _limited(self, family: str, input_tokens: int) -> httpx2.Response | None:
+        limits = self._limits[family]
+        refused = limits.admit(input_tokens)
+        if refused is None:
+            return None
+        name, wait_s = refused
+        body = f"This request would exceed your rate limit of {name.replace('-', ' ')} per minute."
+        headers = {**limits.headers(), "retry-after": str(math.ceil(wait_s))}
+        return self.error_response(429, body, None, headers)
+
+    def _headers(self, family: str) -> dict[str, str]:
+        return {
+            "request-id": f"req_fake{next(self._request_ids)}",
+            **self._limits[family].headers(),
+        }
+
+    def _json(self, body: dict[str, Any], family: str) -> httpx2.Response:
+        # Escaped to ASCII, as half a character in a text could not be sent otherwise.
+        return json_response(json.dumps(body).encode(), self._headers(family))
+
+    # --- Messages -----------------------------------------------------------------------------
+
+    def _batch_item(self, batch_id: str, custom_id: str, params: dict[str, Any]) -> dict[str, Any]:
+        try:
+            spec = check_batch_params(params, self._catalogue)
+            prompt = self._prompt(params, spec)
+            message = self._message(params, spec, prompt, {}, batch_id, custom_id)
+        except Rejected as rejected:
+            return errored(ERROR_TYPES.get(rejected.status, "api_error"), rejected.message)
+        return {"type": "succeeded", "message": message}
+
+    def _message(
+        self,
+        params: dict[str, Any],
+        spec: ModelSpec,
+        prompt: _Prompt,
+        changes: dict[str, Any],
+        batch_id: str | None = None,
+        custom_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Make the message that answers `params`, and bill it."""
+        n_input = prompt.message_tokens + prompt.system_tokens
+        if n_input > spec.max_input_tokens:
+            raise Rejected(
+                400, f"prompt is too long: {n_input} tokens > {spec.max_input_tokens} maximum"
+            )
         try:
             answer = self.answer(params)
         except Exception as error:
             # The SDK would take an exception for a broken connection and hide it behind retries.
-            return _error(400, f"the fake's answer function raised {type(error).__name__}: {error}")
+            said = f"the fake's answer function raised {type(error).__name__}: {error}"
+            raise Rejected(400, said) from error
         fields = {"text": answer} if isinstance(answer, str) else dict(answer)
         fields |= changes
         text = fields.pop("text", "")
-        usage = self._usage(params, text)
-        if usage["output_tokens"] > params["max_tokens"]:
-            usage["output_tokens"] = params["max_tokens"]
-            text = text[: 4 * max(params["max_tokens"] - _THINKING_TOKENS, 0)]
+        thinks = (params.get("thinking") or {}).get("type") not in ("disabled", "between_tools")
+        n_thinking = _THINKING_TOKENS if thinks else 0
+        n_output = n_thinking + len(text) // 4
+        if "output_tokens" in fields:
+            n_output = int(fields.pop("output_tokens"))
+            fields.pop("usage", None)  # an answer's own usage would hide it
+        if n_output > params["max_tokens"]:
+            n_output = params["max_tokens"]
+            text = text[: 4 * max(n_output - n_thinking, 0)]
             fields.setdefault("stop_reason", "max_tokens")
+        content = [{"type": "thinking", "thinking": "", "signature": "fake"}] if thinks else []
+        tier = "standard" if batch_id is None else "batch"
         message = {
-            "id": f"msg_fake{next(self._ids)}",
+            "id": f"msg_fake{next(self._message_ids)}",
             "type": "message",
             "role": "assistant",
             "model": params["model"],
-            "content": [
-                {"type": "thinking", "thinking": "", "signature": "fake"},
-                {"type": "text", "text": text},
-            ],
+            "content": [*content, {"type": "text", "text": text}],
             "stop_reason": "end_turn",
             "stop_sequence": None,
             "stop_details": None,
-            "usage": usage,
+            "usage": {
+                **self._input_usage(prompt),
+                "output_tokens": n_output,
+                "output_tokens_details": {"thinking_tokens": min(n_thinking, n_output)},
+                "service_tier": tier,
+            },
             **fields,
         }
-        self.messages.append(message)
-        headers = {"content-type": "application/json", "request-id": "req_fake"}
-        # Escaped to ASCII, as half a character in a text could not be sent otherwise.
-        return httpx2.Response(200, content=json.dumps(message).encode(), headers=headers)
+        if batch_id is None:
+            self._limits["messages"].produced(n_output)
+        self.n_billed += 1
+        billed = self._clock(), params, message, batch_id, custom_id
+        if self._keep:
+            self.messages.append(message)
+            self._billed.append(billed)
+        if self._log is not None:
+            self._log.write(_bill(*billed))
+        return message
 
-    def _usage(self, params: dict[str, Any], text: str) -> dict[str, Any]:
+    def _prompt(self, params: dict[str, Any], spec: ModelSpec | None) -> _Prompt:
         system = params.get("system") or ""
-        n_system = len(system if isinstance(system, str) else json.dumps(system)) // 4
-        usage = {
-            "input_tokens": len(json.dumps(params["messages"])) // 4,
-            "output_tokens": _THINKING_TOKENS + len(text) // 4,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+        system_json = system if isinstance(system, str) else json.dumps(system)
+        n_messages = len(json.dumps(params["messages"])) // 4
+        n_system = len(system_json) // 4
+        marks = (
+            [block["cache_control"] for block in system if block.get("cache_control")]
+            if isinstance(system, list)
+            else []
+        )
+        key = None
+        if marks and spec is not None and n_system >= spec.min_cacheable_tokens:
+            key = (params["model"], system_json)
+        return _Prompt(
+            message_tokens=n_messages,
+            system_tokens=n_system,
+            cache_key=key,
+            cache_ttl=marks[-1].get("ttl", "5m") if marks else "5m",
+            cached=key is not None and self._cached_until.get(key, -math.inf) > self._clock(),
+        )
+
+    def _input_usage(self, prompt: _Prompt) -> dict[str, Any]:
+        uncached, written, read = prompt.message_tokens + prompt.system_tokens, 0, 0
+        if prompt.cache_key is not None:
+            uncached = prompt.message_tokens
+            read = prompt.system_tokens if prompt.cached else 0
+            written = prompt.system_tokens - read
+            # Reading it keeps it for as long again.
+            lasts_s = _CACHE_SECONDS[prompt.cache_ttl]
+            self._cached_until[prompt.cache_key] = self._clock() + lasts_s
+        return {
+            "input_tokens": uncached,
+            "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": read,
+            "cache_creation": {
+                "ephemeral_5m_input_tokens": written if prompt.cache_ttl == "5m" else 0,
+                "ephemeral_1h_input_tokens": written if prompt.cache_ttl == "1h" else 0,
+            },
         }
-        marked = isinstance(system, list) and any("cache_control" in block for block in system)
-        if marked and n_system >= _MIN_CACHEABLE_TOKENS:
-            key = (params["model"], json.dumps(system))
-            kind = "read" if key in self._cached else "creation"
-            usage[f"cache_{kind}_input_tokens"] = n_system
-            self._cached.add(key)
-        else:
-            usage["input_tokens"] += n_system
-        return usage
 
 
-def _rejection(params: dict[str, Any]) -> str | None:
-    """Why the real API would answer 400 to this request; None when it would not."""
-    if unknown := sorted(set(params) - _FIELDS):
-        return f"{unknown[0]}: Extra inputs are not permitted"
-    for name in ("model", "max_tokens", "messages"):
-        if not params.get(name):
-            return f"{name}: Field required"
-    if not isinstance(params["max_tokens"], int):
-        return "max_tokens: Input should be a valid integer"
-    for index, message in enumerate(params["messages"]):
-        if message.get("role") not in ("user", "assistant"):
-            return f"messages.{index}.role: Input should be 'user' or 'assistant'"
-        if not message.get("content"):
-            return f"messages.{index}: user messages must have non-empty content"
-    if params["messages"][-1]["role"] == "assistant":
-        return "This model does not support assistant message prefill."
-    return _thinking_rejection(params) or _output_rejection(params.get("output_config") or {})
+def _bill(
+    time_s: float,
+    params: dict[str, Any],
+    message: dict[str, Any],
+    batch_id: str | None,
+    custom_id: str | None,
+) -> Bill:
+    # A test may have the fake send any usage, none among them.
+    usage = message["usage"] if isinstance(message["usage"], dict) else {}
+    return Bill(
+        time_s=time_s,
+        request_hash=request_hash(params),
+        model=params["model"],
+        message_id=message["id"],
+        stop_reason=message["stop_reason"],
+        service_tier="standard" if batch_id is None else "batch",
+        **{name: usage[name] if isinstance(usage.get(name), int) else 0 for name in _BILLED_TOKENS},
+        batch_id=batch_id,
+        custom_id=custom_id,
+    )
 
 
-def _thinking_rejection(params: dict[str, Any]) -> str | None:
-    model = params["model"]
-    thinking = (params.get("thinking") or {}).get("type")
-    always_thinks = re.search(r"(opus-5-5|sonnet-5-5|fable-5|mythos)", model)
-    if thinking == "enabled" and re.search(r"-5(-\d)?$", model) and "-4-" not in model:
-        return '"thinking.type.enabled" is not supported for this model.'
-    if thinking == "disabled" and always_thinks:
-        return '"thinking.type.disabled" is not supported for this model.'
-    if (params.get("tool_choice") or {}).get("type") in ("any", "tool") and always_thinks:
-        return 'tool_choice: type "tool" and "any" are not supported for this model.'
-    return None
+_PARSED = "prefopt.parsed_body"
 
 
-def _output_rejection(config: dict[str, Any]) -> str | None:
-    if unknown := sorted(set(config) - {"effort", "format"}):
-        return f"output_config.{unknown[0]}: Extra inputs are not permitted"
-    if config.get("effort") not in (None, *_EFFORTS):
-        return f"output_config.effort: Input should be one of {', '.join(_EFFORTS)}"
-    if "format" in config:
-        schema = config["format"].get("schema")
-        if config["format"].get("type") != "json_schema" or not isinstance(schema, dict):
-            return "output_config.format: a json_schema needs a schema"
-        if schema.get("type") == "object" and schema.get("additionalProperties") is not False:
-            return "output_config.format.schema: additionalProperties must be false"
-    return None
+def _body(request: httpx2.Request) -> Any:
+    """The request's JSON, parsed once; an empty object for no body, None for a broken one."""
+    if _PARSED not in request.extensions:
+        try:
+            body = json.loads(request.content) if request.content else {}
+        except ValueError:
+            body = None
+        request.extensions[_PARSED] = body
+    return request.extensions[_PARSED]
 
 
-def _error(
-    status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
-) -> httpx2.Response:
-    import httpx2
-
-    error: dict[str, Any] = {"type": _ERROR_TYPES.get(status, "api_error"), "message": message}
-    if code:
-        error["details"] = {"error_code": code}
-    body = {"type": "error", "error": error, "request_id": "req_fake"}
-    return httpx2.Response(status, json=body, headers={"request-id": "req_fake", **(headers or {})})
-
-
-def status_fault(
-    status: int,
-    *,
-    retry_after: float | str | None = None,
-    code: str | None = None,
-    message: str | None = None,
-) -> Fault:
-    """An HTTP error: `retry_after` in seconds or as an HTTP date, `code` as in "error_code"."""
-    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
-    return lambda fake, request: _error(status, message or f"injected {status}", code, headers)
-
-
-def timeout_fault(fake: FakeAnthropic, request: httpx2.Request) -> httpx2.Response:
-    """The request is sent and no answer comes in time."""
-    import httpx2
-
-    raise httpx2.ReadTimeout("injected", request=request)
-
-
-def dropped_connection(fake: FakeAnthropic, request: httpx2.Request) -> httpx2.Response:
-    """The request is sent and the connection breaks before the answer."""
-    import httpx2
-
-    raise httpx2.RemoteProtocolError("injected", request=request)
-
-
-def refused_connection(fake: FakeAnthropic, request: httpx2.Request) -> httpx2.Response:
-    """No connection comes about, so the request is not sent."""
-    import httpx2
-
-    raise httpx2.ConnectError("injected", request=request)
-
-
-async def no_answer(fake: FakeAnthropic, request: httpx2.Request) -> httpx2.Response:
-    """The request hangs until it is cancelled."""
-    await asyncio.Event().wait()
-    raise AssertionError("unreachable: only cancelling ends the wait")
-
-
-def html_200(fake: FakeAnthropic, request: httpx2.Request) -> httpx2.Response:
-    """A page of a proxy in place of the API's answer, with status 200."""
-    import httpx2
-
-    return httpx2.Response(200, html="<html><body>Please sign in</body></html>")
-
-
-def broken_json(fake: FakeAnthropic, request: httpx2.Request) -> httpx2.Response:
-    """A body that breaks off in the middle, with status 200."""
-    import httpx2
-
-    headers = {"content-type": "application/json"}
-    return httpx2.Response(200, content=b'{"id": "msg_fake", "cont', headers=headers)
-
-
-def refusal(category: str | None = None) -> Fault:
-    """A message with stop reason "refusal" and no text; it is billed."""
-    details = {"type": "refusal", "category": category, "explanation": None}
-
-    def fault(fake: FakeAnthropic, request: httpx2.Request) -> httpx2.Response:
-        params = json.loads(request.content)
-        return fake.reply(params, content=[], stop_reason="refusal", stop_details=details)
-
-    return fault
-
-
-def truncation(fake: FakeAnthropic, request: httpx2.Request) -> httpx2.Response:
-    """A message that used up its tokens on thinking before the text ended; it is billed in full."""
-    params = json.loads(request.content)
-    usage = fake._usage(params, "") | {"output_tokens": params["max_tokens"]}
-    text = '{"rationale": "It breaks o'
-    return fake.reply(params, text=text, stop_reason="max_tokens", usage=usage)
+def _page(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    return {
+        "data": data,
+        "has_more": has_more,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+    }
