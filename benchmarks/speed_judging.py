@@ -62,16 +62,7 @@ class Pairs:
 def fake(latency_s: float = 0.0) -> FakeAnthropic:
     """A fake API that always says the same and keeps nothing."""
     reply = verdict_reply("second", "It is clearer about what was asked. " * 5)
-    made = FakeAnthropic(lambda params: reply, latency_s=latency_s)
-    made.requests = made.messages = Forgetful()  # type: ignore[assignment]
-    return made
-
-
-class Forgetful(list[Any]):
-    """A list that stays empty, so that the fake's own memory is not measured."""
-
-    def append(self, item: Any) -> None:
-        """Drop it."""
+    return FakeAnthropic(lambda params: reply, latency_s=latency_s, keep=False)
 
 
 def cpu_per_call(n_pairs: int) -> dict[str, float]:

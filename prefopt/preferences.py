@@ -1,7 +1,8 @@
 """Candidates -> comparisons -> preference groups, with a reason for everything left out.
 
-`pair_candidates` says what to compare; `build_preferences` turns verdicts into labels. Text only:
-no model, no tensor, no file.
+`pair_candidates` says what to compare; `build_preferences` turns verdicts into labels. How sure a
+label is comes from all verdicts of the run together (`prefopt.label_model`). Text and numbers only:
+no language model, no tensor, no file.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from prefopt.errors import DataError
+from prefopt.label_model import JudgeParameters, LabelModel, fit_label_model, observe
 from prefopt.types import (
     Candidate,
     Comparison,
@@ -22,13 +24,15 @@ from prefopt.types import (
     LeftOutReason,
     Preference,
     PreferenceGroup,
+    PSource,
     content_hash,
     group_by_prompt,
 )
 
-# Uncalibrated default P(label right) by |mean grade| of both orders; replaced by a calibration
-# against human labels where there is one.
-_PRIOR_P = ((2.0, 0.95), (1.5, 0.90), (1.0, 0.80), (0.0, 0.65))
+LabelRule = Literal["mean_grade", "inferred"]
+
+_ENOUGH_TO_FIT = 30
+"""With fewer verdicts than this the judge's habits are mostly the model's prior, and p says so."""
 
 
 class Preferences(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +42,8 @@ class Preferences(msgspec.Struct, frozen=True, kw_only=True):
     left_out: tuple[LeftOut, ...]
     n_comparisons: int
     n_flipped: int
+    judges: dict[str, JudgeParameters] = {}
+    """What the verdicts show of each judge: how sharp it is, and how it leans to a position."""
 
     @property
     def n_preferences(self) -> int:
@@ -98,72 +104,167 @@ def pair_candidates(
 def build_preferences(
     judged: Sequence[JudgedComparison],
     *,
+    rule: LabelRule = "mean_grade",
     min_margin: float = 1.0,
+    min_p: float = 0.5,
     pairs_per_prompt: int | None = None,
+    reliability: float = 1.0,
 ) -> Preferences:
     """Turn judged comparisons into preference groups.
 
-    A comparison becomes a preference when no verdict failed and the mean signed grade g of its
-    orders has |g| >= `min_margin`; the sign names the chosen answer. Ties, flips (the two orders
-    name opposite winners), weak and failed ones are left out with their reason.
+    Two rules say which answer is chosen and what is kept:
+
+    "mean_grade": no verdict failed and the mean signed grade g of the verdicts has
+        |g| >= `min_margin`; its sign names the chosen answer. Ties, flips (opposite winners), weak
+        and failed ones are left out. Easy to explain, and blind to what the judge is like.
+    "inferred": the probability p that a is better, worked out from all verdicts of the run together
+        with each judge's sharpness and position bias (`prefopt.label_model`), has
+        max(p, 1 - p) >= `min_p`. One failed verdict of two is no reason to leave a pair out.
 
     Args:
         judged: comparisons with verdicts.
-        min_margin: the least |g|, in (0, 2]. With grades of 1 ("better") and 2 ("much better"), 1.0
-            asks that both orders agree or one says "much better" and the other "better".
+        rule: one of the above.
+        min_margin: the least |g| for "mean_grade", in (0, 2]. With grades of 1 ("better") and 2
+            ("much better"), 1.0 asks that both orders agree or one says "much better" and the other
+            "better".
+        min_p: the least p_chosen, in [0.5, 1); 0.5 keeps all that the rule keeps.
         pairs_per_prompt: keep at most this many preferences a prompt, between the answers that lie
             furthest apart (1: the best and the worst); None keeps all.
+        reliability: how far a judge's settled opinion can be trusted, in (0, 1]; 1 takes it as the
+            truth. Lower it, or calibrate, where people disagree with the judge.
 
     Returns:
-        Preferences with groups in order of first appearance. `p_chosen` is an uncalibrated prior.
+        Preferences with groups in order of first appearance. `p_chosen` is inferred under either
+        rule; its source is "prior" below 30 verdicts.
     """
+    problems = []
+    if rule not in ("mean_grade", "inferred"):
+        problems.append(f"rule must be mean_grade or inferred, got {rule!r}")
     if not 0.0 < min_margin <= 2.0:
-        raise ValueError(f"min_margin must be in (0, 2], got {min_margin}.")
+        problems.append(f"min_margin must be in (0, 2], got {min_margin}")
+    if not 0.5 <= min_p < 1.0:
+        problems.append(f"min_p must be in [0.5, 1), got {min_p}")
     if pairs_per_prompt is not None and pairs_per_prompt < 1:
-        raise ValueError(f"pairs_per_prompt must be at least 1 or None, got {pairs_per_prompt}.")
-    by_prompt: dict[str, list[JudgedComparison]] = {}
-    for item in judged:
-        by_prompt.setdefault(item.comparison.prompt.prompt_id, []).append(item)
+        problems.append(f"pairs_per_prompt must be at least 1 or None, got {pairs_per_prompt}")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+    model, names, p_a = infer_p(judged, reliability=reliability)
+    by_prompt: dict[str, list[_Labelled]] = {}
+    for item, p in zip(judged, p_a, strict=True):
+        labelled = _Labelled(item, p, _favours_a(item, p, rule))
+        by_prompt.setdefault(item.comparison.prompt.prompt_id, []).append(labelled)
 
+    n_verdicts = sum(v.failure is None for item in judged for v in item.verdicts)
+    source: PSource = "inferred" if n_verdicts >= _ENOUGH_TO_FIT else "prior"
     groups, left_out = [], []
     for items in by_prompt.values():
-        usable: list[JudgedComparison] = []
-        for item in items:
-            reason = _why_left_out(item, min_margin)
+        usable: list[_Labelled] = []
+        for labelled in items:
+            reason = _why_left_out(labelled, rule, min_margin, min_p)
             if reason is None:
-                usable.append(item)
+                usable.append(labelled)
             else:
                 left_out.append(reason)
         if pairs_per_prompt is not None and len(usable) > pairs_per_prompt:
             kept = _widest(usable, pairs_per_prompt)
-            left_out += [_left_out(item, "not_selected") for item in usable if item not in kept]
+            left_out += [_left_out(x.item, "not_selected") for x in usable if x not in kept]
             usable = kept
         if usable:
-            groups.append(_group(usable))
+            groups.append(_group(usable, source))
     return Preferences(
         groups=tuple(groups),
         left_out=tuple(left_out),
         n_comparisons=len(judged),
         n_flipped=sum(item.flipped for item in judged),
+        judges=dict(zip(names, model.judges, strict=False)),  # none without a verdict
     )
 
 
-def _why_left_out(item: JudgedComparison, min_margin: float) -> LeftOut | None:
+def infer_p(
+    judged: Sequence[JudgedComparison], *, reliability: float = 1.0
+) -> tuple[LabelModel, list[str], list[float]]:
+    """Fit the judges to all verdicts and work out P(a is better) for every comparison.
+
+    Returns the model, the judges' names in its order, and one probability a comparison. Exchanging
+    the answers of a comparison gives exactly 1 - p; one with failed verdicts only has 0.5 (or what
+    the other answers of its prompt say).
+    """
+    prompts: dict[str, int] = {}
+    answers: dict[str, int] = {}
+    judges: dict[str, int] = {}
+    rows: list[tuple[int, int, int, int, int]] = []
+    wanted: list[tuple[int, int, int]] = []
+    for item in judged:
+        comparison = item.comparison
+        prompt = prompts.setdefault(comparison.prompt.prompt_id, len(prompts))
+        a, b = (
+            answers.setdefault(content_hash([c.prompt.prompt_id, c.text])[:16], len(answers))
+            for c in (comparison.a, comparison.b)
+        )
+        if a == b:
+            continue
+        wanted.append((prompt, a, b))
+        for verdict in item.verdicts:
+            grade = verdict.grade
+            if grade is None:
+                continue
+            judge = judges.setdefault(verdict.judge, len(judges))
+            first, second, sign = (a, b, 1) if verdict.shown_first == "a" else (b, a, -1)
+            rows.append((prompt, first, second, judge, sign * grade))
+    n_judges = max(len(judges), 1)
+    observations = (
+        observe(*(list(column) for column in zip(*rows, strict=True)))
+        if rows
+        else (observe([], [], [], [], []))
+    )
+    model = fit_label_model(observations, n_judges=n_judges, reliability=reliability)
+    found = iter(model.p_prefer(observations, wanted).p.tolist())
+    p_a = [
+        0.5 if item.comparison.a.text == item.comparison.b.text else next(found) for item in judged
+    ]
+    return model, list(judges), p_a
+
+
+class _Labelled(NamedTuple):
+    """A judged comparison, P(a is better), and whether its label favours a (None: neither)."""
+
+    item: JudgedComparison
+    p_a: float
+    favours_a: bool | None
+
+    @property
+    def p_chosen(self) -> float:
+        return self.p_a if self.favours_a else 1.0 - self.p_a
+
+
+def _favours_a(item: JudgedComparison, p_a: float, rule: LabelRule) -> bool | None:
+    if rule == "inferred":
+        return None if p_a == 0.5 else p_a > 0.5
+    grade = item.mean_grade
+    return None if not grade else grade > 0
+
+
+def _why_left_out(
+    labelled: _Labelled, rule: LabelRule, min_margin: float, min_p: float
+) -> LeftOut | None:
+    item = labelled.item
     a, b = item.comparison.a.text, item.comparison.b.text
     if a.strip() == b.strip():
         return _left_out(item, "identical_answers")
-    if item.failures:
+    if item.failures and (rule == "mean_grade" or len(item.failures) == len(item.verdicts)):
         return _left_out(item, "judge_failed", ", ".join(item.failures))
     grade = item.mean_grade
-    assert grade is not None, "a comparison without failures has a grade"
-    if item.flipped:
-        return _left_out(item, "flipped")
-    if grade == 0:
-        return _left_out(item, "tie")
-    if abs(grade) < min_margin:
-        return _left_out(item, "weak", f"mean grade {grade:+.1f}")
-    chosen = a if grade > 0 else b
-    if not chosen.strip():
+    if rule == "mean_grade":
+        assert grade is not None, "a comparison without failures has a grade"
+        if item.flipped:
+            return _left_out(item, "flipped")
+        if grade == 0:
+            return _left_out(item, "tie")
+        if abs(grade) < min_margin:
+            return _left_out(item, "weak", f"mean grade {grade:+.1f}")
+    if labelled.favours_a is None or labelled.p_chosen < min_p:
+        return _left_out(item, "uncertain", f"p {max(labelled.p_a, 1 - labelled.p_a):.2f}")
+    if not (a if labelled.favours_a else b).strip():
         return _left_out(item, "empty_answer", "the preferred answer is empty")
     return None
 
@@ -181,61 +282,70 @@ def _left_out(
     )
 
 
-def _widest(usable: list[JudgedComparison], n: int) -> list[JudgedComparison]:
+def _widest(usable: list[_Labelled], n: int) -> list[_Labelled]:
     """The n decided comparisons whose answers lie furthest apart, each answer used once if possible.
 
     Answers are placed by their mean grade over all decided comparisons they took part in. Of equals
     the first is taken, so the choice is repeatable; the order of `usable` is kept.
     """
     grades: dict[str, list[float]] = {}
-    for item in usable:
-        grade = item.mean_grade or 0.0
-        grades.setdefault(item.comparison.a.candidate_id, []).append(grade)
-        grades.setdefault(item.comparison.b.candidate_id, []).append(-grade)
+    for labelled in usable:
+        grade = _signed_margin(labelled)
+        grades.setdefault(labelled.item.comparison.a.candidate_id, []).append(grade)
+        grades.setdefault(labelled.item.comparison.b.candidate_id, []).append(-grade)
     mean = {key: sum(values) / len(values) for key, values in grades.items()}
 
-    def gap(item: JudgedComparison) -> float:
-        between = mean[item.comparison.a.candidate_id] - mean[item.comparison.b.candidate_id]
-        return between if (item.mean_grade or 0.0) > 0 else -between
+    def gap(labelled: _Labelled) -> float:
+        comparison = labelled.item.comparison
+        between = mean[comparison.a.candidate_id] - mean[comparison.b.candidate_id]
+        return between if labelled.favours_a else -between
 
-    kept: list[JudgedComparison] = []
+    kept: list[_Labelled] = []
     used: set[str] = set()
 
-    def rank(item: JudgedComparison) -> tuple[int, float]:
-        return (-len(_answer_ids(item) & used), gap(item))
+    def rank(labelled: _Labelled) -> tuple[int, float]:
+        return (-len(_answer_ids(labelled.item) & used), gap(labelled))
 
     for _ in range(n):
-        best = max((item for item in usable if item not in kept), key=rank)
+        best = max((x for x in usable if x not in kept), key=rank)
         kept.append(best)
-        used.update(_answer_ids(best))
-    return [item for item in usable if item in kept]
+        used.update(_answer_ids(best.item))
+    return [x for x in usable if x in kept]
+
+
+def _signed_margin(labelled: _Labelled) -> float:
+    """The mean grade of the verdicts that were given, in favour of a; never of the wrong sign."""
+    grades = [g for v in labelled.item.verdicts if (g := v.grade) is not None]
+    size = abs(sum(grades) / len(grades)) if grades else 0.0
+    return size if labelled.favours_a else -size
 
 
 def _answer_ids(item: JudgedComparison) -> set[str]:
     return {item.comparison.a.candidate_id, item.comparison.b.candidate_id}
 
 
-def _group(usable: list[JudgedComparison]) -> PreferenceGroup:
+def _group(usable: list[_Labelled], source: PSource) -> PreferenceGroup:
     answers: dict[str, Candidate] = {}
-    for item in usable:
-        for candidate in (item.comparison.a, item.comparison.b):
+    for labelled in usable:
+        for candidate in (labelled.item.comparison.a, labelled.item.comparison.b):
             answers.setdefault(candidate.candidate_id, candidate)
     index = {key: position for position, key in enumerate(answers)}
     preferences = []
-    for item in usable:
-        grade = item.mean_grade or 0.0
-        a, b = index[item.comparison.a.candidate_id], index[item.comparison.b.candidate_id]
-        chosen, rejected = (a, b) if grade > 0 else (b, a)
+    for labelled in usable:
+        comparison = labelled.item.comparison
+        a, b = index[comparison.a.candidate_id], index[comparison.b.candidate_id]
+        chosen, rejected = (a, b) if labelled.favours_a else (b, a)
         preferences.append(
             Preference(
                 chosen=chosen,
                 rejected=rejected,
-                p_chosen=next(p for least, p in _PRIOR_P if abs(grade) >= least),
-                margin=abs(grade),
+                p_chosen=labelled.p_chosen,
+                p_source=source,
+                margin=abs(_signed_margin(labelled)),
             )
         )
     return PreferenceGroup(
-        prompt=usable[0].comparison.prompt,
+        prompt=usable[0].item.comparison.prompt,
         answers=tuple(answers.values()),
         preferences=tuple(preferences),
     )

@@ -1,11 +1,15 @@
 """Verdicts to labels: signs, thresholds, and a reason for everything left out."""
 
+import math
+import random
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prefopt.errors import DataError
-from prefopt.preferences import build_preferences, pair_candidates
+from prefopt.preferences import build_preferences, infer_p, pair_candidates
 from prefopt.types import Candidate, Comparison, JudgedComparison, Prompt, Verdict
 
 PROMPT = Prompt.from_text("Name a colour.")
@@ -123,3 +127,70 @@ def test_all_pairs_of_k_answers_are_compared_once_and_the_order_shown_is_balance
 def test_a_prompt_with_one_answer_is_refused_and_named():
     with pytest.raises(DataError, match="Name a colour"):
         pair_candidates([candidate("red")])
+
+
+def biased_run(n=300, seed=0, bias=1.5, slope=2.0):
+    """Pairs of known order, graded in both orders by a judge that leans to the first place."""
+    rng = random.Random(seed)
+
+    def grade(latent):
+        u = rng.random()
+        x = latent + math.log(u / (1 - u))
+        return 0 if abs(x) < 0.5 else int(math.copysign(2 if abs(x) > 2 else 1, x))
+
+    items, truth = [], []
+    for i in range(n):
+        gap = rng.gauss(0, math.sqrt(2))
+        forward = verdict(grade(slope * gap + bias))
+        backward = verdict(grade(-slope * gap + bias)).swapped()
+        prompt = Prompt.from_text(f"Question {i}?")
+        comparison = Comparison(a=candidate(f"a{i}", prompt), b=candidate(f"b{i}", prompt, index=1))
+        items.append(JudgedComparison(comparison=comparison, forward=forward, backward=backward))
+        truth.append(gap > 0)
+    return items, truth
+
+
+def test_a_judges_position_bias_is_found_and_taken_out():
+    items, truth = biased_run()
+    model, names, p = infer_p(items)
+    assert names == ["j"]
+    assert model.judges[0].position_bias == pytest.approx(1.5, abs=0.5)
+    right = [(x > 0.5) == t for x, t in zip(p, truth, strict=True)]
+    assert sum(right) / len(right) > 0.8
+    # One order alone, the answer in the first place favoured: p knows better than the grade.
+    first_says = [j.forward.grade > 0 for j in items if j.forward.grade]
+    assert sum(first_says) / len(first_says) > 0.6
+    assert abs(sum(p) / len(p) - sum(truth) / len(truth)) < 0.06
+
+
+def test_the_inferred_rule_keeps_what_is_sure_whatever_the_grades_look_like():
+    items, _ = biased_run()
+    strict = build_preferences(items)
+    found = build_preferences(items, rule="inferred", min_p=0.9)
+    assert found.n_preferences + len(found.left_out) == len(items)
+    assert set(found.reasons()) <= {"uncertain"}
+    assert all(x.p_chosen >= 0.9 for g in found.groups for _, _, x in g.pairs())
+    assert found.n_preferences > 50
+    assert strict.n_preferences > 50
+    assert {x.p_source for g in found.groups for _, _, x in g.pairs()} == {"inferred"}
+
+
+def test_a_failed_verdict_leaves_the_other_order_to_speak():
+    items, _ = biased_run(100)
+    broken = msgspec.structs.replace(
+        items[0], forward=verdict(None), backward=verdict(-2).swapped()
+    )
+    found = build_preferences([broken, *items[1:]], rule="inferred")
+    assert broken.comparison.comparison_id not in {x.comparison_id for x in found.left_out}
+    strict = build_preferences([broken, *items[1:]])
+    assert {x.comparison_id: x.reason for x in strict.left_out}[
+        broken.comparison.comparison_id
+    ] == "judge_failed"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rule": "best"}, {"min_p": 0.2}, {"min_p": 1.0}, {"min_margin": 0.0}]
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        build_preferences([], **wrong)
