@@ -31,7 +31,8 @@ class FlowConfig:
         model: the base model: "demo", a folder, or a Hub id.
         judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
         rubric: what better means: "house_style", "helpful", or a text file.
-        max_usd: the most a paid judge may spend in this run; required for one.
+        max_usd: the most a paid judge may spend in this run, however often it is continued; required
+            for one.
         k: answers sampled a prompt, at least 2.
         pairs_per_prompt: preferences trained on a prompt, the widest apart first; None takes all.
         min_margin: the least mean grade over both orders, in (0, 2], that counts as a preference.
@@ -112,7 +113,7 @@ def run_flow(
     from prefopt.types import Candidate, JudgedComparison, LeftOut, PreferenceGroup, Prompt
 
     ledger = Path(config.out) / "judgements.sqlite"
-    judge = load_judge(config.judge, rubric=config.rubric, max_usd=_left_to_spend(config, ledger))
+    judge = load_judge(config.judge, rubric=config.rubric, max_usd=config.max_usd)
     prompts = load_prompts(config.prompts)
     share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
     train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
@@ -284,20 +285,6 @@ class _Lazy:
     def forget(self) -> None:
         """Free the memory; the next call loads again."""
         self._loaded = None
-
-
-def _left_to_spend(config: FlowConfig, ledger: Path) -> float | None:
-    """What is left of `max_usd` after what this run's ledger has paid for, in US dollars.
-
-    The limit holds for the run, however often it is stopped and continued. With nothing left the
-    judge is still made, for a run that has all its verdicts; it refuses the first new question.
-    """
-    if config.max_usd is None or not ledger.exists():
-        return config.max_usd
-    spent = _spent(ledger)
-    if spent:
-        logger.warning("this run has spent $%.4f of its $%.2f", spent, config.max_usd)
-    return max(config.max_usd - spent, 1e-6)
 
 
 def _spent(ledger: Path) -> float:

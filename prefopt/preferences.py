@@ -15,7 +15,14 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from prefopt.errors import DataError
-from prefopt.label_model import JudgeParameters, LabelModel, fit_label_model, observe
+from prefopt.label_model import (
+    JudgeParameters,
+    LabelModel,
+    Observations,
+    PairPosterior,
+    fit_label_model,
+    observe,
+)
 from prefopt.types import (
     Candidate,
     Comparison,
@@ -129,7 +136,8 @@ def build_preferences(
             "better".
         min_p: the least p_chosen, in [0.5, 1); 0.5 keeps all that the rule keeps.
         pairs_per_prompt: keep at most this many preferences a prompt, between the answers that lie
-            furthest apart (1: the best and the worst); None keeps all.
+            furthest apart (1: the best and the worst); None keeps all. Under "inferred" a pair that
+            was never compared directly may be among them, placed by the others.
         reliability: how far a judge's settled opinion can be trusted, in (0, 1]; 1 takes it as the
             truth. Lower it, or calibrate, where people disagree with the judge.
 
@@ -148,7 +156,8 @@ def build_preferences(
         problems.append(f"pairs_per_prompt must be at least 1 or None, got {pairs_per_prompt}")
     if problems:
         raise ValueError("; ".join(problems) + ".")
-    model, names, p_a = infer_p(judged, reliability=reliability)
+    inference = infer(judged, reliability=reliability)
+    p_a = inference.p_a(judged)
     by_prompt: dict[str, list[_Labelled]] = {}
     for item, p in zip(judged, p_a, strict=True):
         labelled = _Labelled(item, p, _favours_a(item, p, rule))
@@ -165,6 +174,20 @@ def build_preferences(
                 usable.append(labelled)
             else:
                 left_out.append(reason)
+        if pairs_per_prompt is not None and rule == "inferred":
+            group, reasons = _widest_inferred(
+                items, inference, pairs_per_prompt, max(min_p, 0.5 + 1e-9), source
+            )
+            kept_ids = set() if group is None else _pair_ids(group)
+            named = {x.comparison_id for x in left_out}
+            left_out += [
+                reasons.get(x.item.comparison.comparison_id) or _left_out(x.item, "not_selected")
+                for x in items
+                if x.item.comparison.comparison_id not in kept_ids | named
+            ]
+            if group is not None:
+                groups.append(group)
+            continue
         if pairs_per_prompt is not None and len(usable) > pairs_per_prompt:
             kept = _widest(usable, pairs_per_prompt)
             left_out += [_left_out(x.item, "not_selected") for x in usable if x not in kept]
@@ -176,53 +199,71 @@ def build_preferences(
         left_out=tuple(left_out),
         n_comparisons=len(judged),
         n_flipped=sum(item.flipped for item in judged),
-        judges=dict(zip(names, model.judges, strict=False)),  # none without a verdict
+        judges=dict(zip(inference.judges, inference.model.judges, strict=False)),
     )
 
 
-def infer_p(
-    judged: Sequence[JudgedComparison], *, reliability: float = 1.0
-) -> tuple[LabelModel, list[str], list[float]]:
-    """Fit the judges to all verdicts and work out P(a is better) for every comparison.
+class Inference(NamedTuple):
+    """The judges fitted to all verdicts of a run, and the verdicts themselves as numbers."""
 
-    Returns the model, the judges' names in its order, and one probability a comparison. Exchanging
-    the answers of a comparison gives exactly 1 - p; one with failed verdicts only has 0.5 (or what
-    the other answers of its prompt say).
+    model: LabelModel
+    judges: tuple[str, ...]
+    observations: Observations
+    prompts: dict[str, int]
+    answers: dict[tuple[str, str], int]
+
+    def between(self, pairs: Sequence[tuple[Candidate, Candidate]]) -> PairPosterior:
+        """P(first is better than second), with mean and sd of the gap in quality, for each pair.
+
+        The two answers of a pair differ in text. A pair that was never compared is judged through
+        the other answers of its prompt; exchanging the answers gives exactly 1 - p.
+        """
+        wanted = [(self._prompt(x), self._answer(x), self._answer(y)) for x, y in pairs]
+        return self.model.p_prefer(self.observations, wanted)
+
+    def p_a(self, judged: Sequence[JudgedComparison]) -> list[float]:
+        """P(a is better) for every comparison; 0.5 for two answers with the same text."""
+        pairs = [(j.comparison.a, j.comparison.b) for j in judged]
+        found = iter(self.between([(a, b) for a, b in pairs if a.text != b.text]).p.tolist())
+        return [0.5 if a.text == b.text else next(found) for a, b in pairs]
+
+    def _prompt(self, answer: Candidate) -> int:
+        return self.prompts[answer.prompt.prompt_id]
+
+    def _answer(self, answer: Candidate) -> int:
+        return self.answers[(answer.prompt.prompt_id, answer.text)]
+
+
+def infer(judged: Sequence[JudgedComparison], *, reliability: float = 1.0) -> Inference:
+    """Fit every judge's sharpness, position bias and thresholds to all verdicts together.
+
+    Failed verdicts are no observations. Answers of a prompt are told apart by their text.
     """
     prompts: dict[str, int] = {}
-    answers: dict[str, int] = {}
+    answers: dict[tuple[str, str], int] = {}
     judges: dict[str, int] = {}
     rows: list[tuple[int, int, int, int, int]] = []
-    wanted: list[tuple[int, int, int]] = []
     for item in judged:
-        comparison = item.comparison
-        prompt = prompts.setdefault(comparison.prompt.prompt_id, len(prompts))
-        a, b = (
-            answers.setdefault(content_hash([c.prompt.prompt_id, c.text])[:16], len(answers))
-            for c in (comparison.a, comparison.b)
+        a, b = item.comparison.a, item.comparison.b
+        prompt = prompts.setdefault(a.prompt.prompt_id, len(prompts))
+        index_a, index_b = (
+            answers.setdefault((c.prompt.prompt_id, c.text), len(answers)) for c in (a, b)
         )
-        if a == b:
+        if a.text == b.text:
             continue
-        wanted.append((prompt, a, b))
         for verdict in item.verdicts:
             grade = verdict.grade
             if grade is None:
                 continue
             judge = judges.setdefault(verdict.judge, len(judges))
-            first, second, sign = (a, b, 1) if verdict.shown_first == "a" else (b, a, -1)
-            rows.append((prompt, first, second, judge, sign * grade))
-    n_judges = max(len(judges), 1)
-    observations = (
-        observe(*(list(column) for column in zip(*rows, strict=True)))
-        if rows
-        else (observe([], [], [], [], []))
-    )
-    model = fit_label_model(observations, n_judges=n_judges, reliability=reliability)
-    found = iter(model.p_prefer(observations, wanted).p.tolist())
-    p_a = [
-        0.5 if item.comparison.a.text == item.comparison.b.text else next(found) for item in judged
-    ]
-    return model, list(judges), p_a
+            shown = (index_a, index_b, grade)
+            if verdict.shown_first == "b":
+                shown = (index_b, index_a, -grade)
+            rows.append((prompt, shown[0], shown[1], judge, shown[2]))
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 5
+    observations = observe(*columns)
+    model = fit_label_model(observations, n_judges=max(len(judges), 1), reliability=reliability)
+    return Inference(model, tuple(judges), observations, prompts, answers)
 
 
 class _Labelled(NamedTuple):
@@ -311,6 +352,63 @@ def _widest(usable: list[_Labelled], n: int) -> list[_Labelled]:
         kept.append(best)
         used.update(_answer_ids(best.item))
     return [x for x in usable if x in kept]
+
+
+def _widest_inferred(
+    items: list[_Labelled],
+    inference: Inference,
+    n: int,
+    min_p: float,
+    source: PSource,
+) -> tuple[PreferenceGroup | None, dict[str, LeftOut]]:
+    """The n pairs of a prompt's answers that lie furthest apart, asked about directly or not."""
+    answers: dict[str, Candidate] = {}
+    for x in items:
+        for candidate in (x.item.comparison.a, x.item.comparison.b):
+            if candidate.text.strip():
+                answers.setdefault(candidate.text, candidate)
+    pairs = list(itertools.combinations(answers.values(), 2))
+    posterior = inference.between(pairs)
+    rows = [
+        (pair if mean > 0 else pair[::-1], max(p, 1.0 - p), abs(mean))
+        for pair, p, mean in zip(pairs, posterior.p.tolist(), posterior.mean.tolist(), strict=True)
+    ]
+    sure = sorted((r for r in rows if r[1] >= min_p), key=lambda r: -r[2])
+    kept: list[tuple[tuple[Candidate, Candidate], float, float]] = []
+    used: set[str] = set()
+    while sure and len(kept) < n:
+        best = min(sure, key=lambda r: (len({c.text for c in r[0]} & used), -r[2]))
+        sure.remove(best)
+        kept.append(best)
+        used |= {c.text for c in best[0]}
+    uncertain = {
+        x.item.comparison.comparison_id: _left_out(x.item, "uncertain", f"p {x.p_chosen:.2f}")
+        for x in items
+        if max(x.p_a, 1.0 - x.p_a) < min_p
+    }
+    if not kept:
+        return None, uncertain
+    chosen_from = {c.candidate_id: c for pair, _, _ in kept for c in pair}
+    index = {key: position for position, key in enumerate(chosen_from)}
+    group = PreferenceGroup(
+        prompt=items[0].item.comparison.prompt,
+        answers=tuple(chosen_from.values()),
+        preferences=tuple(
+            Preference(
+                chosen=index[chosen.candidate_id],
+                rejected=index[rejected.candidate_id],
+                p_chosen=p,
+                p_source=source,
+                margin=gap,
+            )
+            for (chosen, rejected), p, gap in kept
+        ),
+    )
+    return group, uncertain
+
+
+def _pair_ids(group: PreferenceGroup) -> set[str]:
+    return {Comparison(a=c, b=r).comparison_id for c, r, _ in group.pairs()}
 
 
 def _signed_margin(labelled: _Labelled) -> float:

@@ -14,7 +14,7 @@ TEXT_SIDE = {
     "types", "errors", "preferences", "label_model", "pair_policy", "judging_plan", "runs", "progress", "chat",
     "data", "judges.base", "judges.ledger", "judges.rubric", "judges.rules", "judges.scripted",
     "judges.anthropic", "judges.anthropic_batches", "judges.openai", "judges.api_judge",
-    "judges.asking", "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
+    "judges.asking", "judges.waves", "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "training.health",
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefopt.errors import DataError
-from prefopt.preferences import build_preferences, infer_p, pair_candidates
+from prefopt.preferences import build_preferences, infer, pair_candidates
 from prefopt.types import Candidate, Comparison, JudgedComparison, Prompt, Verdict
 
 PROMPT = Prompt.from_text("Name a colour.")
@@ -152,9 +152,10 @@ def biased_run(n=300, seed=0, bias=1.5, slope=2.0):
 
 def test_a_judges_position_bias_is_found_and_taken_out():
     items, truth = biased_run()
-    model, names, p = infer_p(items)
-    assert names == ["j"]
-    assert model.judges[0].position_bias == pytest.approx(1.5, abs=0.5)
+    found = infer(items)
+    p = found.p_a(items)
+    assert found.judges == ("j",)
+    assert found.model.judges[0].position_bias == pytest.approx(1.5, abs=0.5)
     right = [(x > 0.5) == t for x, t in zip(p, truth, strict=True)]
     assert sum(right) / len(right) > 0.8
     # One order alone, the answer in the first place favoured: p knows better than the grade.
@@ -194,3 +195,22 @@ def test_a_failed_verdict_leaves_the_other_order_to_speak():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         build_preferences([], **wrong)
+
+
+def test_the_best_and_the_worst_may_never_have_met():
+    prompts = [Prompt.from_text(f"Question {i}?") for i in range(20)]
+    items = []
+    for prompt in prompts:
+        best, mid, worst = (candidate(t, prompt, i) for i, t in enumerate(("best", "mid", "worst")))
+        for x, y in ((best, mid), (mid, worst)):
+            items.append(
+                JudgedComparison(
+                    comparison=Comparison(a=x, b=y),
+                    forward=verdict(2),
+                    backward=verdict(-2).swapped(),
+                )
+            )
+    found = build_preferences(items, rule="inferred", pairs_per_prompt=1)
+    assert {(c.text, r.text) for g in found.groups for c, r, _ in g.pairs()} == {("best", "worst")}
+    assert found.n_preferences == 20
+    assert found.reasons() == {"not_selected": 40}

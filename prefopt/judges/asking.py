@@ -108,16 +108,19 @@ def ask_missing(
     *,
     total: int | None = None,
     progress: bool = True,
+    announce: bool = True,
 ) -> None:
     """Ask `judge` every comparison as shown, but for those the ledger answers.
 
     `shown` is read again until nothing is left that another process has under way, so it must start
-    anew with each `iter()`. What this process asked in vain is not asked again by it.
+    anew with each `iter()`. What this process asked in vain is not asked again by it. `announce` says
+    beforehand what a paid judge will cost.
     """
     fingerprint = judge.fingerprint  # once: for a local model it reads the weights
-    cost = judge.estimate(item.comparison for item in _missing(shown, fingerprint, book))
-    if cost is not None and cost.calls:
-        logger.warning("%s is a paid judge: %s.", judge.name, cost)
+    if announce:
+        cost = judge.estimate(item.comparison for item in _missing(shown, fingerprint, book))
+        if cost is not None and cost.calls:
+            logger.warning("%s is a paid judge: %s.", judge.name, cost)
     spent_usd = 0.0
     with contextlib.ExitStack() as stack:
         bar: Any = None

@@ -299,8 +299,8 @@ class Ledger:
             return "answered"
         if taken:
             return "taken"
-        limited = worst_usd > 0 and max_usd is not None
-        if limited and not _fits(Money(spent, unknown, reserved), worst_usd, max_usd):
+        money = Money(spent, unknown, reserved)
+        if worst_usd and max_usd is not None and not _fits(money, worst_usd, max_usd):
             return "no_money"
         self._db.execute("INSERT INTO claims VALUES (?,?,?,?)", (key, self.owner, worst_usd, batch))
         if worst_usd:
