@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from prefopt.errors import PrefoptError
 from prefopt.flow import FlowConfig, run_flow
+from prefopt.label_job import LabelConfig
 from prefopt.models import Device, LoRASettings
 from prefopt.sampling.candidates import SamplingSettings
 from prefopt.training.dpo import DPOSettings
@@ -28,9 +29,9 @@ From prompts to a model that answers the way you prefer.
 The same way in steps, each reading the file that the last one wrote:
 
   prefopt sample    --prompts prompts.jsonl --model Qwen/Qwen3-0.6B --out candidates.jsonl
-  prefopt judge     --candidates candidates.jsonl --judge anthropic:claude-sonnet-5-5 \\
-                    --max_usd 5 --out judged.jsonl --preferences preferences.jsonl
-  prefopt train dpo --preferences preferences.jsonl --model Qwen/Qwen3-0.6B --out adapter
+  prefopt judge label --candidates candidates.jsonl --judge anthropic:claude-sonnet-5-5 \\
+                    --max_usd 5 --out labels
+  prefopt train dpo --preferences labels/preferences.jsonl --model Qwen/Qwen3-0.6B --out adapter
   prefopt evaluate  --prompts held_out.jsonl --model Qwen/Qwen3-0.6B --adapter adapter --out report
 
 Every command has its own --help. A command that was stopped goes on when it is called again.
@@ -79,47 +80,151 @@ def sample(
     print(f"{len(candidates)} answers to {len(asked)} prompts in {out}")
 
 
-def judge(
-    candidates: str,
+def judge_estimate(config: LabelConfig) -> None:
+    """Say what a labelling job would cost, before anything is asked.
+
+    Example: prefopt judge estimate --candidates candidates.jsonl --out labels
+    --judge anthropic:claude-sonnet-5-5
+    """
+    from prefopt.label_job import estimate_labels
+
+    for name, cost in estimate_labels(config):
+        if cost is None:
+            print(f"{name}: free")
+            continue
+        print(f"{name}: {cost}")
+        if cost.calls:
+            print(
+                f"  every call at its worst would come to ${cost.worst_usd:.2f}; with a smaller "
+                "--max_usd fewer calls run at once, and the job stops where the limit is reached"
+            )
+
+
+def judge_label(config: LabelConfig) -> None:
+    """Compare the answers to each prompt, make labels of the verdicts, and report on them.
+
+    Example: prefopt judge label --candidates candidates.jsonl --out labels
+    --judge anthropic:claude-sonnet-5-5 --max_usd 5
+    """
+    from prefopt.label_job import label_candidates
+
+    _tell_labels(label_candidates(config))
+
+
+def judge_resume(out: str, max_usd: float | None = None) -> None:
+    """Go on with a labelling job that was stopped; nothing is paid for twice.
+
+    Example: prefopt judge resume --out labels --max_usd 10
+
+    Args:
+        out: the job's folder.
+        max_usd: a new limit for the whole job, in US dollars; the old one by default.
+    """
+    from prefopt.label_job import resume_labels
+
+    _tell_labels(resume_labels(out, max_usd=max_usd))
+
+
+def judge_report(out: str) -> None:
+    """Show what the verdicts of a job are worth: flips, position, length, failures, canaries, cost.
+
+    Example: prefopt judge report --out labels
+
+    Args:
+        out: the job's folder.
+    """
+    from prefopt.label_job import report_labels
+
+    print(report_labels(out).to_text())
+    print(f"Read on: {out}/report/label_report.html")
+
+
+def judge_calibrate(
+    data: list[str],
     out: str,
     judge: str = "rules:house_style",
     rubric: str = "house_style",
     max_usd: float | None = None,
-    preferences: str | None = None,
-    pairs_per_prompt: int | None = None,
-    min_margin: float = 1.0,
-    ledger: str | None = None,
+    max_rows: int | None = None,
+    method: Literal["auto", "isotonic", "platt"] = "auto",
+    seed: int = 0,
 ) -> None:
-    """Compare the answers to each prompt, in both orders, and keep what was decided.
+    """Compare a judge with people on labelled pairs, and fit its probabilities to them.
 
-    Example: prefopt judge --candidates candidates.jsonl --judge anthropic:claude-sonnet-5-5
-    --max_usd 5 --out judged.jsonl --preferences preferences.jsonl
+    Example: prefopt judge calibrate --data labelled.jsonl --out calibration
+    --judge anthropic:claude-sonnet-5-5 --max_usd 2
 
     Args:
-        candidates: JSONL file that `prefopt sample` wrote.
-        out: JSONL file for the judged comparisons.
-        judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
+        data: one or more files of pairs with a human label: instruction (or prompt), response_a,
+            response_b and label (A, B or tie), or prompt, chosen and rejected.
+        out: folder for the report, calibration.json and the ledger.
+        judge: as in `prefopt judge label`.
         rubric: what better means: "house_style", "helpful", or a text file.
-        max_usd: the most a paid judge may spend in this call, in US dollars.
-        preferences: file for the preferences (.jsonl or .parquet), as TRL's trainers read them.
-        pairs_per_prompt: keep at most this many a prompt, the widest apart first; all by default.
-        min_margin: the least mean grade over both orders, in (0, 2], that counts as a preference.
-        ledger: SQLite file with every verdict, so that none is paid for twice. Default `<out>.sqlite`.
+        max_usd: the most a paid judge may cost, in US dollars.
+        max_rows: use a random sample of this many rows of each file, drawn by subset.
+        method: how probabilities are fitted; "auto" takes the better in cross-validation.
+        seed: of the sample and the resampling.
     """
-    from prefopt.data.preference_data import save_preferences
-    from prefopt.data.records import read_records, write_records
-    from prefopt.judges import judge_comparisons, load_judge
-    from prefopt.preferences import build_preferences, pair_candidates
-    from prefopt.types import Candidate
+    from pathlib import Path
 
-    comparisons = pair_candidates(read_records(candidates, Candidate))
-    asked = load_judge(judge, rubric=rubric, max_usd=max_usd)
-    judged = judge_comparisons(comparisons, asked, ledger=ledger or f"{out}.sqlite")
-    write_records(out, judged)
-    found = build_preferences(judged, min_margin=min_margin, pairs_per_prompt=pairs_per_prompt)
-    print(found)
-    if preferences is not None:
-        save_preferences(found.groups, preferences)
+    from prefopt.judges import load_judge
+    from prefopt.judges.calibrate import calibrate_judge
+
+    report = calibrate_judge(
+        data,
+        load_judge(judge, rubric=rubric, max_usd=max_usd),
+        ledger=Path(out) / "judgements.sqlite",
+        out=Path(out),
+        max_rows=max_rows,
+        method=method,
+        seed=seed,
+    )
+    print(report.to_text())
+    print(f"Read on: {out}/calibration_report.html")
+
+
+def judge_export(
+    out: str,
+    preferences: str,
+    rule: Literal["mean_grade", "inferred"] | None = None,
+    min_margin: float | None = None,
+    min_p: float | None = None,
+    pairs_per_prompt: int | None = None,
+    calibration: str | None = None,
+) -> None:
+    """Make labels anew from a job's verdicts, with other thresholds. Asks nothing.
+
+    Example: prefopt judge export --out labels --preferences sure.parquet --rule inferred --min_p 0.9
+
+    Args:
+        out: the job's folder.
+        preferences: file to write (.jsonl or .parquet), as TRL's trainers read it.
+        rule: "mean_grade" or "inferred"; the job's own by default.
+        min_margin: the least mean grade, in (0, 2].
+        min_p: the least p_chosen of a label, in [0.5, 1).
+        pairs_per_prompt: keep at most this many labels a prompt, the widest apart first.
+        calibration: a calibration.json of the same judge, whose probabilities are used.
+    """
+    from prefopt.label_job import export_labels
+
+    print(
+        export_labels(
+            out,
+            preferences,
+            rule=rule,
+            min_margin=min_margin,
+            min_p=min_p,
+            pairs_per_prompt=pairs_per_prompt,
+            calibration=calibration,
+        )
+    )
+
+
+def _tell_labels(labels: Any) -> None:
+    print(labels.report.to_text())
+    print(labels.preferences)
+    print(f"Labels: {labels.folder}/preferences.jsonl")
+    print(f"Read on: {labels.folder}/report/label_report.html")
 
 
 def train_dpo(
@@ -186,7 +291,7 @@ def evaluate(
         base_answers: JSONL of answers by the base side, instead of sampling them.
         judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
         rubric: what better means: "house_style", "helpful", or a text file.
-        max_usd: the most a paid judge may spend in this call, in US dollars.
+        max_usd: the most a paid judge may cost here, however often it is continued, in US dollars.
         sampling: how the answers are sampled.
         seed: of the sampling.
         device: "auto" takes a GPU where there is one.
@@ -250,13 +355,36 @@ def merge(model: str, adapter: str, out: str) -> None:
     print(f"merged model in {merge_adapter(model, adapter, out)}")
 
 
+_JUDGE_STEPS: dict[str, Callable[..., None]] = {
+    "estimate": judge_estimate,
+    "label": judge_label,
+    "resume": judge_resume,
+    "report": judge_report,
+    "calibrate": judge_calibrate,
+    "export": judge_export,
+}
+
+_JUDGE_DESCRIPTION = """\
+From candidate answers to labels whose quality is known.
+
+  prefopt judge estimate  --candidates candidates.jsonl --out labels --judge anthropic:claude-sonnet-5-5
+  prefopt judge label     --candidates candidates.jsonl --out labels --judge anthropic:claude-sonnet-5-5 \\
+                          --max_usd 5
+  prefopt judge resume    --out labels --max_usd 10      after a stop, a crash, or at the limit
+  prefopt judge report    --out labels                   flips, position, length, failures, cost
+  prefopt judge export    --out labels --preferences sure.jsonl --rule inferred --min_p 0.9
+  prefopt judge calibrate --data labelled.jsonl --out calibration --judge local:demo
+
+Every question, reply and dollar is kept in labels/judgements.sqlite; nothing is paid for twice.
+"""
+
+
 def build_parser() -> Any:
     """The argument parser of all commands; options come from the signatures above."""
     parser = _parser("prefopt COMMAND [options]", _DESCRIPTION)
     commands = parser.add_subcommands(required=True)
     usages = {
         sample: "sample --out FILE",
-        judge: "judge --candidates FILE --out FILE",
         evaluate: "evaluate --adapter FOLDER --out FOLDER",
         merge: "merge --model NAME --adapter FOLDER --out FOLDER",
     }
@@ -266,6 +394,16 @@ def build_parser() -> Any:
         commands.add_subcommand(function.__name__, sub, help=_summary(function))
     sub = _run_command("prefopt run --out FOLDER [options]", _text(run), FlowConfig)
     commands.add_subcommand("run", sub, help=_summary(run))
+    judge = _parser("prefopt judge COMMAND [options]", _JUDGE_DESCRIPTION)
+    commands.add_subcommand("judge", judge, help="Labels by a judge: prefopt judge --help")
+    steps = judge.add_subcommands(required=True, dest="step")
+    for name, function in _JUDGE_STEPS.items():
+        sub = _command(function, f"judge {name} --out FOLDER")
+        if function in (judge_estimate, judge_label):
+            sub.add_class_arguments(LabelConfig, as_group=False)
+        else:
+            sub.add_function_arguments(function, as_group=False)
+        steps.add_subcommand(name, sub, help=_summary(function))
     train = _parser("prefopt train METHOD [options]", "Train on preferences.")
     # jsonargparse wants an outer level registered before the inner one is filled.
     commands.add_subcommand("train", train, help="Train on preferences: prefopt train dpo --help")
@@ -360,6 +498,14 @@ def _guarded(work: Callable[[], None]) -> int:
 def _dispatch(parsed: Any) -> None:
     name = parsed.subcommand
     options = parsed[name]
+    if name == "judge":
+        function = _JUDGE_STEPS[options.step]
+        values = {k: v for k, v in vars(options[options.step]).items() if k != "config"}
+        if function in (judge_estimate, judge_label):
+            function(LabelConfig(**values))
+        else:
+            function(**values)
+        return
     if name == "train":
         name, options = f"train_{options.method}", options[options.method]
     values = {key: value for key, value in vars(options).items() if key != "config"}
@@ -369,7 +515,6 @@ def _dispatch(parsed: Any) -> None:
         return
     functions: dict[str, Callable[..., None]] = {
         "sample": sample,
-        "judge": judge,
         "evaluate": evaluate,
         "merge": merge,
         "train_dpo": train_dpo,

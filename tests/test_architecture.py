@@ -45,7 +45,7 @@ def test_dependencies_point_one_way(path):
     ranks = {"types": 0, "errors": 0, "progress": 0, "data": 1, "chat": 1, "label_model": 1,
              "pair_policy": 1, "judging_plan": 1, "preferences": 1,
              "runs": 2, "models": 2, "judges": 3, "sampling": 3, "training": 3, "testing": 3,
-             "evaluation": 4, "flow": 5, "cli": 6}  # fmt: skip
+             "evaluation": 4, "label_job": 4, "flow": 5, "cli": 6}  # fmt: skip
     own = name_of(path).split(".")[0]
     if own in ("", "__init__"):
         return

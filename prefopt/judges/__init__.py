@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from prefopt.judges.asking import judge_comparisons, judge_stream
 from prefopt.judges.base import CostEstimate, Judge
 from prefopt.judges.rubric import HELPFUL, HOUSE_STYLE, Rubric, load_rubric
@@ -26,7 +28,11 @@ __all__ = [
 
 
 def load_judge(
-    spec: str, *, rubric: str | Rubric = "house_style", max_usd: float | None = None
+    spec: str,
+    *,
+    rubric: str | Rubric = "house_style",
+    max_usd: float | None = None,
+    transport: Literal["auto", "sync", "batch"] = "auto",
 ) -> Judge:
     """Make a judge from a text such as "anthropic:claude-sonnet-5-5".
 
@@ -34,10 +40,15 @@ def load_judge(
         spec: one of
             "rules:house_style"    the checkable part of the house style, no model, free;
             "anthropic:<model>"    Claude through the Anthropic API; needs a key and `max_usd`;
-            "local:<model>"        a transformers model (Hub id, folder or "demo");
+            "openai:<model>@<base_url>"    a server that speaks OpenAI's protocol (vLLM, llama.cpp,
+                Ollama), free; without "@<base_url>" OpenAI's own, for which the price must be given
+                in Python;
+            "local:<model>"        a transformers model (Hub id, folder or "demo") that is asked;
+            "likelihood:<model>"   the same, comparing how likely it finds each answer;
             "scripted:shortest" or "scripted:longest"    length only, as a baseline.
         rubric: a built-in name, a text file, or a `Rubric`. Rules and baselines do not read it.
-        max_usd: the most this judge may spend, in US dollars.
+        max_usd: the most all questions of a ledger may cost together, in US dollars.
+        transport: for Anthropic: one by one, in message batches, or batches from 500 calls on.
 
     Raises:
         ValueError: an unknown kind, or a paid judge without `max_usd`.
@@ -49,11 +60,20 @@ def load_judge(
     if kind == "anthropic" and argument:
         from prefopt.judges.anthropic import AnthropicJudge
 
-        return AnthropicJudge(argument, rubric=text, max_usd=max_usd)
+        return AnthropicJudge(argument, rubric=text, max_usd=max_usd, transport=transport)
+    if kind == "openai" and argument:
+        from prefopt.judges.openai import OpenAIJudge
+
+        model, _, base_url = argument.partition("@")
+        return OpenAIJudge(model, rubric=text, base_url=base_url or None)
     if kind == "local" and argument:
         from prefopt.judges.local import LocalJudge
 
         return LocalJudge(argument, rubric=text)
+    if kind == "likelihood" and argument:
+        from prefopt.judges.likelihood import LogLikelihoodJudge
+
+        return LogLikelihoodJudge(argument)
     if spec == RuleJudge.name:
         if text != HOUSE_STYLE:
             raise ValueError(
@@ -66,6 +86,7 @@ def load_judge(
     if spec in baselines:
         return baselines[spec]()
     raise ValueError(
-        f"unknown judge {spec!r}. Known: rules:house_style, anthropic:<model>, local:<model>, "
-        "scripted:shortest, scripted:longest."
+        f"unknown judge {spec!r}. Known: rules:house_style, anthropic:<model>, "
+        "openai:<model>@<base_url>, local:<model>, likelihood:<model>, scripted:shortest, "
+        "scripted:longest."
     )

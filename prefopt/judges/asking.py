@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt.errors import JudgeError
 from prefopt.judges.base import Asked, CostEstimate, Judge
 from prefopt.judges.ledger import Ledger
 from prefopt.progress import progress_bar
@@ -80,7 +81,7 @@ def judge_stream(
     with Ledger(ledger) as book:
         n = len(comparisons) * (1 + (orders == "both")) if isinstance(comparisons, Sized) else None
         ask_missing(_Shown(comparisons, orders), judge, book, total=n, progress=progress)
-        yield from _collect(comparisons, judge, book, orders)
+        yield from collect_judged(comparisons, judge, book, orders)
 
 
 def estimate_missing(
@@ -185,9 +186,14 @@ def _missing(
                 yield Asked(key, comparison)
 
 
-def _collect(
-    comparisons: Iterable[Comparison], judge: Judge, book: Ledger, orders: Orders
+def collect_judged(
+    comparisons: Iterable[Comparison], judge: Judge, book: Ledger, orders: Orders = "both"
 ) -> Iterator[JudgedComparison]:
+    """What the ledger holds about comparisons, in their order; asks nothing.
+
+    Raises:
+        JudgeError: a comparison was never asked about.
+    """
     fingerprint = judge.fingerprint
     rest = iter(comparisons)
     while portion := list(itertools.islice(rest, _LOOK_AHEAD)):
@@ -205,7 +211,13 @@ def _collect(
                 )
                 found = [tie] * len(keys)
             else:
-                found = [known[key] for key in keys]
+                try:
+                    found = [known[key] for key in keys]
+                except KeyError:
+                    raise JudgeError(
+                        f"the ledger {book.path} has no verdict by {judge.name} about a comparison "
+                        f"for {c.prompt.text[:60]!r}. Ask first."
+                    ) from None
             yield JudgedComparison(
                 comparison=c,
                 forward=found[0],

@@ -140,7 +140,11 @@ class Ledger:
             self._db = sqlite3.connect(
                 path or "", timeout=60.0, isolation_level=None, check_same_thread=False
             )
-            self._open(path)
+            try:
+                self._open(path)
+            except BaseException:
+                self._db.close()
+                raise
         except (sqlite3.Error, OSError) as error:
             raise DataError(
                 f"cannot open the judgement ledger {path}: {error}. Verdicts are paid for once and "
@@ -156,8 +160,6 @@ class Ledger:
         self.bury_the_dead()
 
     def _open(self, path: str | Path | None) -> None:
-        if path is not None:
-            self._db.execute("PRAGMA journal_mode=WAL")
         # In this order: another process may be making the tables just now.
         tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master")}
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -167,6 +169,8 @@ class Ledger:
                 f"{path} is {what} (version {version}, expected {_VERSION}). Move it away, or give "
                 "another ledger file."
             )
+        if path is not None:
+            self._db.execute("PRAGMA journal_mode=WAL")
         if not tables:
             with self._writing():
                 for statement in _SCHEMA.strip().split(";\n"):

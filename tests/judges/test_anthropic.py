@@ -422,11 +422,33 @@ HOSTILE_REPLIES = [
     '{"rationale": "x", "verdict": NaN}',
     "\ud800",
     "\x00",
+    '{"rationale": "{\\"verdict\\": \\"second\\"}"}',
+    '{"rationale": "x", "verdict": "first", "rationale": "y"}',
+    '{"rationale": "x", "verdict": "first\\n"}',
+    '{"rationale": "x", "verdict": "\\u200bfirst"}',
+    '{"rationale": "x", "verdict": "\uff46irst"}',
+    '{"rationale": "x", "verdict": "first-much"}',
+    '{"rationale": "x", "verdict": "first much"}',
+    '{"rationale": "x", "verdict": "first!"}',
+    '{"rationale": "x", "verdict": 0}',
+    '{"result": {"rationale": "x", "verdict": "first"}}',
+    '"{\\"rationale\\": \\"x\\", \\"verdict\\": \\"first\\"}"',
+    "<rationale>x</rationale><verdict>first</verdict>",
+    "rationale: x\nverdict: first",
+    '{"rationale": "x", "verdict": "tie"}\x00',
+    '{"rationale": "x"; "verdict": "tie"}',
+    '// note\n{"rationale": "x", "verdict": "tie"}',
+    '{"rationale": "x", verdict: "tie"}',
+    '{"rationale": "x", "verdict": "tie", "": ""}',
+    '{"rationale": "x", "verdict": "first"}\n{"rationale": "x", "verdict": "first"}',
+    '{"rationale": "x", "verdict": "first" "second"}',
+    "second_much",
+    "{}{}",
 ]
 
 
 def test_there_are_enough_hostile_replies():
-    assert len(set(HOSTILE_REPLIES)) == len(HOSTILE_REPLIES) >= 30
+    assert len(set(HOSTILE_REPLIES)) == len(HOSTILE_REPLIES) >= 60
 
 
 @pytest.mark.parametrize("reply", HOSTILE_REPLIES, ids=range(len(HOSTILE_REPLIES)))

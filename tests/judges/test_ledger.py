@@ -1,0 +1,181 @@
+"""The ledger: one answer a question, one process a question, one limit for all of them."""
+
+import multiprocessing
+import sqlite3
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefopt.errors import DataError
+from prefopt.judges.ledger import Attempt, Ledger, Question
+from prefopt.types import Usage, Verdict
+
+
+def question(key="k", shown="shown"):
+    return Question(key, "c", shown)
+
+
+def said(preferred="a", cost_usd=0.0):
+    return Verdict(judge="j", preferred=preferred, strength=1, usage=Usage(cost_usd=cost_usd))
+
+
+def paid(cost_usd):
+    return Attempt(outcome="answered", cost_usd=cost_usd)
+
+
+FAILED = Verdict(judge="j", failure="refused")
+
+
+def test_a_question_is_claimed_once_and_answered_once(tmp_path):
+    with Ledger(tmp_path / "l") as one, Ledger(tmp_path / "l") as two:
+        assert one.claim(question(), "j") == "claimed"
+        assert two.claim(question(), "j") == "taken"
+        assert one.claim(question(), "j") == "taken"  # by itself
+        one.record("k", "j", said(), [])
+        assert two.claim(question(), "j") == "answered"
+        assert two.verdicts(["k"]) == {"k": said()}
+
+
+def test_a_failure_is_kept_but_answers_nothing(tmp_path):
+    with Ledger(tmp_path / "l") as one:
+        one.claim(question(), "j")
+        one.record("k", "j", FAILED, [])
+        assert one.verdicts(["k"]) == {}
+        assert one.outcomes(["k"]) == {"k": FAILED}
+        assert one.failed_here(["k"]) == {"k"}
+    with Ledger(tmp_path / "l") as two:
+        assert two.outcomes(["k"]) == {}  # another process's failure is no outcome of this one
+        assert two.claim(question(), "j") == "claimed"
+
+
+def test_the_same_result_read_twice_counts_once(tmp_path):
+    with Ledger(tmp_path / "l") as book:
+        for _ in range(2):
+            book.record("k", "j", said(), [paid(0.25)])
+        assert book.spent_usd() == 0.25
+        assert book.count("SELECT COUNT(*) FROM verdicts") == [(1,)]
+
+
+def test_the_limit_holds_for_all_processes_together(tmp_path):
+    with Ledger(tmp_path / "l") as one, Ledger(tmp_path / "l") as two:
+        assert one.claim(question("a"), "j", worst_usd=0.6, max_usd=1.0) == "claimed"
+        assert two.claim(question("b"), "j", worst_usd=0.6, max_usd=1.0) == "no_money"
+        one.record("a", "j", said(), [paid(0.3)])
+        assert two.claim(question("b"), "j", worst_usd=0.6, max_usd=1.0) == "claimed"
+        assert two.money() == pytest.approx((0.3, 0.0, 0.6))
+        assert not one.fits(0.2, 1.0)
+
+
+def test_a_failed_try_gives_its_money_back_and_the_next_needs_its_own(tmp_path):
+    with Ledger(tmp_path / "l") as book:
+        book.claim(question(), "j", worst_usd=0.5, max_usd=1.0)
+        book.attempt("k", Attempt(outcome="failed", cost_usd=None, unknown_usd=0.5))
+        assert book.money() == pytest.approx((0.0, 0.5, 0.0))
+        assert not book.reserve("k", 0.6, 1.0)
+        assert book.reserve("k", 0.5, 1.0)
+
+
+def hold(path, ready, kill):
+    book = Ledger(path)
+    book.claim(question("dead"), "j", worst_usd=0.5)
+    ready.set()
+    kill.wait()
+
+
+def test_the_questions_of_a_killed_process_are_free_again_and_their_money_is_not_forgotten(
+    tmp_path,
+):
+    context = multiprocessing.get_context("spawn")
+    ready, kill = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "l", ready, kill))
+    process.start()
+    assert ready.wait(60)
+    with Ledger(tmp_path / "l") as book:
+        assert book.claim(question("dead"), "j") == "taken"
+        assert book.bury_the_dead() == 0
+        process.kill()
+        process.join()
+        assert book.bury_the_dead() == 1
+        assert book.claim(question("dead"), "j") == "claimed"
+        assert book.money().unknown_usd == 0.5
+        assert book.count("SELECT outcome FROM attempts") == [("lost",)]
+    process.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["l"]  # no sign of life is left behind
+
+
+def test_closing_gives_back_what_is_under_way(tmp_path):
+    with Ledger(tmp_path / "l") as book:
+        book.claim(question("a"), "j", worst_usd=0.5)
+        book.claim(question("b"), "j")
+    with Ledger(tmp_path / "l") as book:
+        assert book.money() == pytest.approx((0.0, 0.5, 0.0))  # it may have been sent
+        assert book.claim(question("a"), "j") == "claimed"
+        assert book.claim(question("b"), "j") == "claimed"
+
+
+def test_everything_about_a_question_can_be_looked_up(tmp_path):
+    with Ledger(tmp_path / "l") as book:
+        book.claim(question("k", "what was shown"), "j")
+        attempt = Attempt(
+            outcome="answered", reply="{}", request_id="req_1", stop_reason="end_turn",
+            input_tokens=7, output_tokens=3, cost_usd=0.1,
+        )  # fmt: skip
+        book.record("k", "j", said(), [attempt])
+    db = sqlite3.connect(tmp_path / "l")
+    row = db.execute(
+        "SELECT shown, reply, request_id, input_tokens, cost_usd FROM questions JOIN attempts "
+        "USING (key)"
+    ).fetchone()
+    db.close()
+    assert row == ("what was shown", "{}", "req_1", 7, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "text", "other"])
+def test_a_file_that_is_no_ledger_is_refused_untouched(tmp_path, kind):
+    path = tmp_path / "l"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("not a database at all, " * 100)
+    else:
+        db = sqlite3.connect(path)
+        db.execute("CREATE TABLE mine (x)")
+        db.commit()
+        db.close()
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(DataError, match=r"ledger|database"):
+        Ledger(path)
+    assert before is None or path.read_bytes() == before
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.sampled_from(["ok", "fail", "lost", "drop"])),
+        max_size=25,
+    )
+)
+def test_whatever_happens_the_money_adds_up(events):
+    with Ledger(None) as book:
+        spent = unknown = 0.0
+        done = set()
+        for key, event in events:
+            claimed = book.claim(question(key), "j", worst_usd=0.5, max_usd=100.0)
+            assert (claimed == "answered") == (key in done)
+            if claimed != "claimed":
+                continue
+            if event == "ok":
+                book.record(key, "j", said(), [paid(0.1)])
+                spent += 0.1
+                done.add(key)
+            elif event == "fail":
+                book.record(key, "j", FAILED, [paid(0.2)])
+                spent += 0.2
+            elif event == "lost":
+                lost = Attempt(outcome="lost", cost_usd=None, unknown_usd=0.5)
+                book.record(key, "j", FAILED, [lost])
+                unknown += 0.5
+            else:
+                book.unclaim(key)
+            assert book.money() == pytest.approx((spent, unknown, 0.0))
