@@ -29,17 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from prefopt.label_model import (
-    GAP,
-    Beliefs,
-    JudgeParameters,
-    LabelModel,
-    Observations,
-    beliefs,
-    log_state_likelihood,
-    observe,
-)
-from prefopt.pair_policy import PairPolicy, Slot, pair_slots, solve_pair_policy
+from prefopt.label_model import Beliefs, LabelModel, Observations, beliefs, observe
+from prefopt.labelling.judge_likelihood import GAP, JudgeParameters, log_state_likelihood
+from prefopt.labelling.pair_policy import PairPolicy, Slot, pair_slots, solve_pair_policy
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -179,6 +171,16 @@ def least_p_for(p_right: Floats, accuracy: float) -> float:
     return float(p[good[-1]]) - 1e-9 if len(good) else 1.1
 
 
+def least_p_for_price(p_right: Floats, spent: float, price_per_kept: float) -> float:
+    """The largest max(p, 1 - p) to demand so that what was spent buys pairs at this price or less.
+
+    It keeps the surest pairs, as many as the price asks for. Equally sure pairs stay together.
+    """
+    p = np.sort(np.asarray(p_right, dtype=np.float64))[::-1]
+    least = int(np.ceil(spent / price_per_kept - 1e-9))
+    return float(p[min(max(least, 1), len(p)) - 1]) - 1e-9
+
+
 def _check(states: Sequence[PromptState], n_judges: int) -> None:
     problems = []
     keys = set()
@@ -232,7 +234,9 @@ def _ask_pairs(
         for row, slot in zip(*np.nonzero(missing), strict=True):
             into.setdefault(states[row].key, []).append(_question(states[row], slots[slot]))
         if len(model.judges) == 1:
-            for row in np.flatnonzero(~in_pilot & (answers == 0).all(axis=1) & ~blocked.any(axis=1)):
+            for row in np.flatnonzero(
+                ~in_pilot & (answers == 0).all(axis=1) & ~blocked.any(axis=1)
+            ):
                 slot = Slot(0, int(draws[row] >> np.uint64(7)) & 1)
                 into[states[row].key] = [_question(states[row], slot)]
         return
@@ -334,7 +338,9 @@ def _ask_answers(
             pair, order, judge = (int(x) for x in at)
             i, j = (int(x) for x in pairs[pair])
             first, second = (i, j) if order == 0 else (j, i)
-            question = Question(state.key, first, second, judge, int(count[row, pair, order, judge]))
+            question = Question(
+                state.key, first, second, judge, int(count[row, pair, order, judge])
+            )
             into.setdefault(state.key, []).append(question)
             money -= prices[judge]
             own[(pairs == i).any(axis=1) | (pairs == j).any(axis=1)] = -np.inf
@@ -400,4 +406,5 @@ def _after_one(judge: JudgeParameters, gap: Floats, var: Floats) -> tuple[Floats
     total = np.maximum(weight.sum(axis=-1), 1e-12)
     new_gap = (weight * at).sum(axis=-1) / total
     new_var = np.maximum((weight * at**2).sum(axis=-1) / total - new_gap**2, 1e-9)
-    return tuple(np.moveaxis(x, (0, 1), (-2, -1)) for x in (total, new_gap, new_var))  # type: ignore[return-value]
+    by_pair = [np.moveaxis(x, (0, 1), (-2, -1)) for x in (total, new_gap, new_var)]
+    return by_pair[0], by_pair[1], by_pair[2]

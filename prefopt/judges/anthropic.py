@@ -344,10 +344,17 @@ class AnthropicJudge(ApiJudge):
 
     async def send(self, client: Any, request: Request) -> Reply:
         """One `messages.create`; what comes back is checked here, since the SDK does not."""
+        import httpx2
+
         try:
-            # Raw: the headers are needed, and the SDK's own models are slow and unchecked.
-            raw = await client.messages.with_raw_response.create(**request.params)
-            content, headers = raw.http_response.content, raw.http_response.headers
+            # The plain response: its headers are needed, and the SDK's models are slow and unchecked.
+            response = await client.post(
+                "/v1/messages",
+                body=request.params,
+                cast_to=httpx2.Response,
+                options={"timeout": self.timeout_s},
+            )
+            content, headers = response.content, response.headers
         except Exception as error:
             trouble = self.trouble(error)
             if trouble is error:

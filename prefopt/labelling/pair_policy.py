@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from prefopt.label_model import (
+from prefopt.label_model import LabelModel
+from prefopt.labelling.judge_likelihood import (
     ABOVE_ZERO,
     GAP,
     PRIOR_WEIGHT,
     JudgeParameters,
-    LabelModel,
     log_state_likelihood,
 )
 
@@ -43,7 +43,7 @@ _BASE = 6  # a slot is unasked (0) or holds one of five grades (1 .. 5)
 
 
 class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One question that can be asked about a pair once. Order 0 shows the pair's first answer first."""
+    """A question that can be asked about a pair once; order 0 shows its first answer first."""
 
     judge: int
     order: int
@@ -183,7 +183,9 @@ def solve_pair_policy(
         for e in (3.0, 10.0, 30.0, 100.0, 1000.0)
     ]
     best_state = float(np.maximum(right / mass, 1 - right / mass).max())
-    found += [solve(-c * 1e5 * unit, 1e5 * unit) for c in (target, best_state - 1e-3) if 0.5 < c < 1]
+    found += [
+        solve(-c * 1e5 * unit, 1e5 * unit) for c in (target, best_state - 1e-3) if 0.5 < c < 1
+    ]
     found = [policy for policy in found if policy.kept > 1e-9]
 
     reachable, weights = True, None
@@ -230,9 +232,7 @@ def solve_pair_policy(
     )
 
 
-def _mix(
-    found: list[_Solved], goal: str, target: float
-) -> tuple[Floats, float, float] | None:
+def _mix(found: list[_Solved], goal: str, target: float) -> tuple[Floats, float, float] | None:
     """The best mixture of known policies, and the worth (a, e) in calls that its duals imply.
 
     Weights are per kept pair: sum(weight * kept) = 1. None when no mixture reaches the target.
@@ -264,7 +264,7 @@ def _state_masses(
         counts = np.zeros((len(answers), 2, 5), dtype=np.int64)
         for k, order in enumerate(orders):
             given = answers[:, k] > 0
-            np.add.at(counts, (np.flatnonzero(given), order, answers[given, k] - 1), 1)
+            counts[np.flatnonzero(given), order, answers[given, k] - 1] += 1
         blocks.append(np.exp(log_state_likelihood(judge, counts)))
     left, rest = blocks[0], blocks[1:]
     while len(rest) > 1:
