@@ -33,6 +33,8 @@ class FlowConfig:
         rubric: what better means: "house_style", "helpful", or a text file.
         max_usd: the most a paid judge may spend in this run, however often it is continued; required
             for one.
+        transport: for Anthropic: "sync" (minutes), "batch" (half the price, within a day), or "auto"
+            (batches from 500 calls on).
         k: answers sampled a prompt, at least 2.
         pairs_per_prompt: preferences trained on a prompt, the widest apart first; None takes all.
         min_margin: the least mean grade over both orders, in (0, 2], that counts as a preference.
@@ -50,6 +52,7 @@ class FlowConfig:
     judge: str = "rules:house_style"
     rubric: str = "house_style"
     max_usd: float | None = None
+    transport: Literal["auto", "sync", "batch"] = "auto"
     k: int = 4
     pairs_per_prompt: int | None = 1
     min_margin: float = 1.0
@@ -113,7 +116,9 @@ def run_flow(
     from prefopt.types import Candidate, JudgedComparison, LeftOut, PreferenceGroup, Prompt
 
     ledger = Path(config.out) / "judgements.sqlite"
-    judge = load_judge(config.judge, rubric=config.rubric, max_usd=config.max_usd)
+    judge = load_judge(
+        config.judge, rubric=config.rubric, max_usd=config.max_usd, transport=config.transport
+    )
     prompts = load_prompts(config.prompts)
     share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
     train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
@@ -122,7 +127,8 @@ def run_flow(
 
     plain = msgspec.to_builtins(config)
     plain.pop("out")
-    plain.pop("max_usd")  # raising the limit continues the run
+    for free in ("max_usd", "transport"):  # another limit or another way to ask continues the run
+        plain.pop(free)
     with Run(config.out, plain, on_change=on_change) as run:
         train = run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
         held_out = run.records(

@@ -11,7 +11,9 @@ from prefopt.flow import FlowConfig
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["sample"], ["judge"], ["train", "dpo"], ["evaluate"], ["run"], ["merge"]]
+    "command",
+    [[], ["sample"], ["train", "dpo"], ["evaluate"], ["run"], ["merge"]]
+    + [["judge", s] for s in ("estimate", "label", "resume", "report", "calibrate", "export")],
 )
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -82,13 +84,13 @@ def test_the_steps_one_by_one(tiny_model, tmp_path, capsys):
     """sample -> judge -> train dpo -> evaluate, each reading what the last one wrote."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"What is {i}?"}) + "\n" for i in range(6)))
-    at = {name: str(tmp_path / name) for name in ("c.jsonl", "j.jsonl", "p.jsonl", "ad", "rep")}
+    at = {name: str(tmp_path / name) for name in ("c.jsonl", "labels", "ad", "rep")}
     short = ["--sampling.max_new_tokens", "8", "--sampling.temperature", "1.0"]
     assert main(["sample", "--prompts", str(prompts), "--model", tiny_model, "--k", "3",
                  "--out", at["c.jsonl"], *short]) == 0  # fmt: skip
-    assert main(["judge", "--candidates", at["c.jsonl"], "--judge", "scripted:shortest",
-                 "--out", at["j.jsonl"], "--preferences", at["p.jsonl"]]) == 0  # fmt: skip
-    assert main(["train", "dpo", "--preferences", at["p.jsonl"], "--model", tiny_model,
+    assert main(["judge", "label", "--candidates", at["c.jsonl"], "--judge", "scripted:shortest",
+                 "--out", at["labels"]]) == 0  # fmt: skip
+    assert main(["train", "dpo", "--preferences", at["labels"] + "/preferences.jsonl", "--model", tiny_model,
                  "--out", at["ad"], "--dpo.max_length", "128"]) == 0  # fmt: skip
     assert main(["evaluate", "--prompts", str(prompts), "--model", tiny_model,
                  "--adapter", at["ad"], "--judge", "scripted:shortest", "--out", at["rep"],

@@ -273,7 +273,7 @@ class ApiJudge(Judge):
 class Desk:
     """Writes to a ledger for many at once: all that comes within a moment is one transaction."""
 
-    _MOMENT_S = 0.002
+    _MOMENT_S = 0.003
 
     def __init__(self, book: Ledger) -> None:
         self._book = book
@@ -452,10 +452,10 @@ class Asking:
         else:
             reply = await self._persist(key, request, bills, epoch, reserved=not job.claimed)
             if reply.end == "truncated" and larger is not None:
-                self._count_attempt(key, answered(reply, "truncated"))
+                self._count_attempt(key, answered(reply, "truncated", request=request.shown))
                 reply = await self._persist(key, larger, bills, epoch, reserved=False)
         self.spending -= 1
-        return {**said_by(reply), "attempt": answered(reply)}
+        return {**said_by(reply), "attempt": answered(reply, request=request.shown)}
 
     async def _persist(
         self, key: str, request: Request, bills: list[Usage], epoch: int, *, reserved: bool
@@ -537,7 +537,7 @@ class Asking:
             empty = Unanswered(
                 "The model's reply was empty.", failure="malformed", billed=True, bill=reply.usage
             )
-            self._count_attempt(key, answered(reply, "empty"))
+            self._count_attempt(key, answered(reply, "empty", request=request.shown))
             raise empty
         self.limit.succeeded()
         return reply
@@ -554,6 +554,7 @@ class Asking:
                 cost_usd=None if error.billed is None else 0.0,
                 unknown_usd=request.worst_usd if error.billed is None else 0.0,
                 problem=str(error),
+                request=request.shown,
             ),
         )
 

@@ -33,15 +33,15 @@ from prefopt.types import Verdict
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS questions (
     key TEXT PRIMARY KEY, judge TEXT NOT NULL, comparison_id TEXT NOT NULL, shown TEXT NOT NULL
-);
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS judges (fingerprint TEXT PRIMARY KEY, judge TEXT, settings TEXT);
 CREATE TABLE IF NOT EXISTS attempts (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, owner TEXT NOT NULL, outcome TEXT NOT NULL,
-    transport TEXT NOT NULL, batch TEXT, request_id TEXT, stop_reason TEXT, reply TEXT,
+    transport TEXT NOT NULL, batch TEXT, request_id TEXT, stop_reason TEXT, request TEXT, reply TEXT,
     input_tokens INTEGER, output_tokens INTEGER, cost_usd REAL, unknown_usd REAL NOT NULL DEFAULT 0,
     problem TEXT, ended_at REAL NOT NULL
 );
-CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key, outcome);
+CREATE INDEX IF NOT EXISTS truncated_by_key ON attempts (key) WHERE outcome = 'truncated';
 CREATE TABLE IF NOT EXISTS verdicts (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, judge TEXT NOT NULL, owner TEXT NOT NULL,
     failure TEXT, cost_usd REAL NOT NULL, verdict TEXT NOT NULL, recorded_at REAL NOT NULL
@@ -49,9 +49,8 @@ CREATE TABLE IF NOT EXISTS verdicts (
 CREATE INDEX IF NOT EXISTS verdicts_by_key ON verdicts (key, failure);
 CREATE TABLE IF NOT EXISTS claims (
     key TEXT PRIMARY KEY, owner TEXT NOT NULL, worst_usd REAL NOT NULL, batch TEXT
-);
-CREATE INDEX IF NOT EXISTS claims_by_owner ON claims (owner);
-CREATE INDEX IF NOT EXISTS claims_by_batch ON claims (batch);
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS claims_by_batch ON claims (batch) WHERE batch IS NOT NULL;
 CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, pid INTEGER, started_at REAL);
 CREATE TABLE IF NOT EXISTS batches (
     name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, owner TEXT NOT NULL, batch_id TEXT,
@@ -81,14 +80,17 @@ class Question(NamedTuple):
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """One try at a question. `cost_usd` is None where the bill is not known; then `unknown_usd` is
-    the most it can be."""
+    """One try at a question: what the judge was shown, and what came back.
+
+    `cost_usd` is None where the bill is not known; then `unknown_usd` is the most it can be.
+    """
 
     outcome: str
     transport: str = "sync"
     batch: str | None = None
     request_id: str | None = None
     stop_reason: str | None = None
+    request: str | None = None
     reply: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -309,7 +311,7 @@ class Ledger:
         self._db.execute("INSERT INTO claims VALUES (?,?,?,?)", (key, self.owner, worst_usd, batch))
         if worst_usd:
             self._db.execute("UPDATE money SET reserved_usd = reserved_usd + ?", (worst_usd,))
-        if question.shown:
+        if batch is not None:  # its results come back without the requests
             self._db.execute(
                 "INSERT OR IGNORE INTO questions VALUES (?,?,?,?)",
                 (key, judge, question.comparison_id, question.shown),
@@ -399,8 +401,8 @@ class Ledger:
         self._any_truncated |= attempt.outcome == "truncated"
         self._db.execute(
             "INSERT INTO attempts (key, owner, outcome, transport, batch, request_id, stop_reason, "
-            "reply, input_tokens, output_tokens, cost_usd, unknown_usd, problem, ended_at) "
-            "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "request, reply, input_tokens, output_tokens, cost_usd, unknown_usd, problem, ended_at) "
+            "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 key,
                 self.owner,
@@ -409,6 +411,7 @@ class Ledger:
                 attempt.batch,
                 attempt.request_id,
                 attempt.stop_reason,
+                attempt.request,
                 attempt.reply,
                 attempt.input_tokens,
                 attempt.output_tokens,

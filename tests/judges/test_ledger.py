@@ -116,16 +116,16 @@ def test_closing_gives_back_what_is_under_way(tmp_path):
 
 def test_everything_about_a_question_can_be_looked_up(tmp_path):
     with Ledger(tmp_path / "l") as book:
-        book.claim(question("k", "what was shown"), "j")
+        book.claim(question("k"), "j")
         attempt = Attempt(
-            outcome="answered", reply="{}", request_id="req_1", stop_reason="end_turn",
+            outcome="answered", request="what was shown", reply="{}",
+            request_id="req_1", stop_reason="end_turn",
             input_tokens=7, output_tokens=3, cost_usd=0.1,
         )  # fmt: skip
         book.record("k", "j", said(), [attempt])
     db = sqlite3.connect(tmp_path / "l")
     row = db.execute(
-        "SELECT shown, reply, request_id, input_tokens, cost_usd FROM questions JOIN attempts "
-        "USING (key)"
+        "SELECT request, reply, request_id, input_tokens, cost_usd FROM attempts"
     ).fetchone()
     db.close()
     assert row == ("what was shown", "{}", "req_1", 7, 0.1)
