@@ -1,4 +1,4 @@
-"""What to ask the judges next, in waves: pure functions of the verdicts so far.
+"""What to ask the judges next, in waves, and what to keep: pure functions of the verdicts so far.
 
 `next_questions` takes a fitted model and every prompt's verdicts and returns the next wave, empty
 when nothing more is worth its price. Between waves the caller asks the judges and fits the model
@@ -6,9 +6,9 @@ again, so what one pair teaches about a judge serves all others, and a pair that
 taken up again when the judge turns out noisier than thought.
 
     prompts with two answers    the optimal stopping policy of `pair_policy`
-    prompts with more           the question with the largest expected gain per price: one step ahead,
-                                over all pairs, orders and judges (knowledge gradient; Frazier, Powell
-                                and Dayanik 2008; Xu et al., 2607.02104, choose pairs in this spirit)
+    prompts with more           the question with the largest expected gain per price, over all pairs,
+                                orders and judges (knowledge gradient; Frazier and Powell 2010; Xu
+                                et al., 2607.02104, choose comparisons for a top-k in this spirit)
 
 The plan asks a judge the same question in the same order once, unless `samples` says otherwise: real
 judges repeat their errors, and a cached answer is no second answer. It knows nothing of texts,
@@ -38,6 +38,8 @@ Ints = NDArray[np.int64]
 
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
 _NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
+_FEW_NODES, _FEW_WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
+_FEW_WEIGHTS = _FEW_WEIGHTS / _FEW_WEIGHTS.sum()
 
 
 class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,9 +83,9 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     For prompts with more than two answers `select` says what is wanted: "best_and_worst", the pair
     to train on with the widest gap, or "pairs", as many good pairs as possible. `calls_per_answer`
-    times the number of answers is the most that is spent on a prompt (in units of the cheapest
+    times the number of answers is the most that is spent on a prompt (in calls to the dearest
     judge); `least_gain` stops earlier, when the best question would widen the chosen gap by less than
-    this (in standard deviations of quality, for the price of one cheapest call). `per_wave`
+    this (in standard deviations of quality, for the price of such a call). `per_wave`
     questions are asked about a prompt at once: more finishes in fewer waves, fewer learns more.
     """
 
@@ -93,9 +95,9 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     samples: int = 1
     pilot: int = 100
     select: Literal["best_and_worst", "pairs"] = "best_and_worst"
-    calls_per_answer: float = 2.0
-    least_gain: float = 0.005
-    per_wave: int = 2
+    calls_per_answer: float = 3.0
+    least_gain: float = 0.009
+    per_wave: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -160,25 +162,45 @@ def observations_of(states: Iterable[PromptState]) -> Observations:
     return observe(*columns)
 
 
-def least_p_for(p_right: Floats, accuracy: float) -> float:
-    """The least max(p, 1 - p) to keep so that the kept pairs' expected accuracy reaches `accuracy`.
+def choose_pairs(
+    p_right: Floats,
+    keys: Sequence[str],
+    *,
+    goal: Literal["accuracy", "price_per_kept"],
+    target: float,
+    spent: float = 0.0,
+    seed: int = 0,
+) -> NDArray[np.bool_]:
+    """Which pairs to keep in the end: the surest ones, as many as the goal allows or asks for.
 
-    Returns a number above 1 when not even the surest pair is that sure: then keep none.
+    Args:
+        p_right: max(p, 1 - p) of each pair under the final model.
+        keys: a name for each pair. Verdicts are few and graded, so many pairs are equally sure; of
+            these, a hash of the key and the seed decides which are kept.
+        goal: "accuracy" keeps the most pairs whose mean p_right is at least `target`;
+            "price_per_kept" keeps the fewest pairs for which `spent` buys them at `target` each.
+        target: as in PlanSettings.
+        spent: what all calls cost, in the unit of the prices; needed for "price_per_kept".
+
+    Returns:
+        True where the pair is kept. With "accuracy" none is kept when even the surest is too unsure.
+
+    Raises:
+        ValueError: columns of different lengths.
     """
-    p = np.sort(np.asarray(p_right, dtype=np.float64))[::-1]
-    running = np.cumsum(p) / np.arange(1, len(p) + 1)
-    good = np.flatnonzero(running >= accuracy)
-    return float(p[good[-1]]) - 1e-9 if len(good) else 1.1
-
-
-def least_p_for_price(p_right: Floats, spent: float, price_per_kept: float) -> float:
-    """The largest max(p, 1 - p) to demand so that what was spent buys pairs at this price or less.
-
-    It keeps the surest pairs, as many as the price asks for. Equally sure pairs stay together.
-    """
-    p = np.sort(np.asarray(p_right, dtype=np.float64))[::-1]
-    least = int(np.ceil(spent / price_per_kept - 1e-9))
-    return float(p[min(max(least, 1), len(p)) - 1]) - 1e-9
+    p = np.asarray(p_right, dtype=np.float64)
+    if len(p) != len(keys):
+        raise ValueError(f"expected a key for each pair, got {len(keys)} keys for {len(p)} pairs.")
+    order = np.lexsort((_draws(keys, seed), -np.round(p, 9)))
+    if goal == "accuracy":
+        running = np.cumsum(p[order]) / np.arange(1, len(p) + 1)
+        reached = np.flatnonzero(running >= target)
+        count = int(reached[-1]) + 1 if len(reached) else 0
+    else:
+        count = min(len(p), int(np.ceil(spent / target - 1e-9)))
+    keep = np.zeros(len(p), dtype=bool)
+    keep[order[:count]] = True
+    return keep
 
 
 def _check(states: Sequence[PromptState], n_judges: int) -> None:
@@ -207,10 +229,10 @@ def _check(states: Sequence[PromptState], n_judges: int) -> None:
         raise ValueError("These states cannot be: " + "; ".join(problems[:20]))
 
 
-def _draw(state: PromptState, seed: int) -> int:
-    """64 bits that depend on the prompt and the seed only."""
-    text = f"{seed}\x00{state.key}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+def _draws(keys: Iterable[str], seed: int) -> NDArray[np.uint64]:
+    """64 bits for each key that depend on the key and the seed only."""
+    digests = (hashlib.sha256(f"{seed}\x00{key}".encode()).digest()[:8] for key in keys)
+    return np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)
 
 
 # --- Two answers --------------------------------------------------------------------------------
@@ -225,7 +247,7 @@ def _ask_pairs(
 ) -> None:
     slots = pair_slots(len(model.judges), settings.samples)
     answers, blocked = _slot_answers(states, slots)
-    draws = np.array([_draw(state, settings.seed) for state in states], dtype=np.uint64)
+    draws = _draws((state.key for state in states), settings.seed)
     pilot = min(settings.pilot, max(10, len(states) // 10))
     in_pilot = np.argsort(np.argsort(draws, kind="stable"), kind="stable") < pilot
     first_sample = np.array([slot.sample == 0 for slot in slots])
@@ -295,10 +317,9 @@ def _ask_answers(
     into: dict[str, list[Question]],
 ) -> None:
     k = states[0].n_answers
-    cheapest = min(prices)
-    limit = settings.calls_per_answer * k * cheapest + 1e-9
+    limit = settings.calls_per_answer * k * max(prices) + 1e-9
     spent = np.array([sum(prices[asked.judge] for asked in state.asked) for state in states])
-    open_rows = np.flatnonzero(spent + cheapest <= limit)
+    open_rows = np.flatnonzero(spent + min(prices) <= limit)
     if not len(open_rows):
         return
     active = [states[row] for row in open_rows]
@@ -313,16 +334,13 @@ def _ask_answers(
     )  # (prompts, pairs, 2 orders, judges)
     count = _times_asked(active, pairs, len(model.judges))
     gains = np.where(count < settings.samples, gains / np.array(prices), -np.inf)
+    seeds = _draws((state.key for state in active), settings.seed).tolist()
     jitter = np.stack(
-        [
-            np.random.Generator(np.random.Philox(key=_draw(state, settings.seed))).random(
-                gains.shape[1:]
-            )
-            for state in active
-        ]
+        [np.random.Generator(np.random.Philox(key=key)).random(gains.shape[1:]) for key in seeds]
     )
     gains = np.where(gains > -np.inf, gains * (1 + 1e-6 * jitter) + 1e-12 * jitter, -np.inf)
-    least = (1.0 if settings.select == "pairs" else settings.least_gain) / cheapest
+    # Worth is in the unit of the prices; a widening is weighed against the dearest call.
+    least = 1.0 if settings.select == "pairs" else settings.least_gain / max(prices)
     purse = limit - spent[open_rows]
     per_wave = settings.per_wave
     for row, state in enumerate(active):
@@ -368,20 +386,36 @@ def _gains(
     gap = mean[:, i] - mean[:, j]
     var = cov[:, i, i] + cov[:, j, j] - 2 * cov[:, i, j]
     chance, new_gap, new_var = _after_one(judge, gap, var)
-    loading = (cov[:, :, i] - cov[:, :, j]).transpose(0, 2, 1) / var[..., None]  # (n, pairs, k)
-    shift = (new_gap - gap[..., None, None])[..., None]  # (n, pairs, 2, 5, 1)
-    after = mean[:, None, None, None, :] + loading[:, :, None, None, :] * shift
+    # How far each answer's mean moves when the gap's does.
+    loading = (cov[:, :, i] - cov[:, :, j]).transpose(0, 2, 1) / var[..., None]
     if select == "best_and_worst":
-        value = after.max(axis=-1) - after.min(axis=-1)
-        now = mean.max(axis=-1) - mean.min(axis=-1)
-    else:
-        cross = loading[:, :, i] - loading[:, :, j]  # (n, pairs, pairs): cov of gaps / var
-        gaps_after = after[..., i] - after[..., j]
-        fall = (var[:, :, None, None] - new_var)[..., None]
-        vars_after = var[:, None, None, None, :] - cross[:, :, None, None, :] ** 2 * fall
-        value = _worth_of(gaps_after, vars_after, worth)
-        now = _worth_of(gap, var, worth)
-    return np.asarray((chance * value).sum(axis=-1) - now[:, None, None])
+        return _widening(mean, loading, var, (chance * new_var).sum(axis=-1))
+    shift = new_gap - gap[..., None, None]  # (n, pairs, 2, 5)
+    moved = loading[:, :, i] - loading[:, :, j]  # (n, pairs, pairs)
+    gaps_after = gap[:, None, None, None] + moved[:, :, None, None] * shift[..., None]
+    fall = (var[:, :, None, None] - new_var)[..., None]
+    vars_after = var[:, None, None, None] - moved[:, :, None, None] ** 2 * fall
+    value = (chance * _worth_of(gaps_after, vars_after, worth)).sum(axis=-1)
+    return np.asarray(value - _worth_of(gap, var, worth)[:, None, None])
+
+
+def _widening(mean: Floats, loading: Floats, var: Floats, var_after: Floats) -> Floats:
+    """Expected widening of max(mean) - min(mean) per question, the best of 1, 2 and 4 like questions.
+
+    One question often changes no ranking and two would (Frazier and Powell 2010: KG(*)), so a run of
+    m like questions is weighed and its gain divided by m. Their joint outcome is taken as normal.
+    """
+    information = 1 / var_after - 1 / var[..., None]  # of one question; (n, pairs, 2)
+    now = (mean.max(axis=-1) - mean.min(axis=-1))[:, None, None]
+    gains = []
+    for m in (1, 2, 4):
+        left = 1 / (1 / var[..., None] + m * information)
+        spread = np.sqrt(np.maximum(var[..., None] - left, 0.0))
+        move = loading[:, :, None, None, :] * (spread[..., None] * _FEW_NODES)[..., None]
+        after = mean[:, None, None, None, :] + move
+        width = (after.max(axis=-1) - after.min(axis=-1)) @ _FEW_WEIGHTS
+        gains.append((width - now) / m)
+    return np.asarray(np.max(gains, axis=0))
 
 
 def _worth_of(gap: Floats, var: Floats, worth: tuple[float, float]) -> Floats:

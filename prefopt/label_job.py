@@ -317,13 +317,24 @@ def _judge(
     ]
 
 
-def _build(config: LabelConfig, judged: Sequence[JudgedComparison]) -> Preferences:
+def _build(
+    config: LabelConfig, judged: Sequence[JudgedComparison], calibration: str | None = None
+) -> Preferences:
+    fitted = None
+    if calibration is not None:
+        from prefopt.judges.calibration import load_calibration
+        from prefopt.judges.rubric import load_rubric
+
+        fitted = load_calibration(calibration)
+        for name in sorted({v.judge for j in judged for v in j.verdicts}):
+            fitted.check(name, load_rubric(config.rubric).rubric_hash)
     return build_preferences(
         judged,
         rule=config.rule,
         min_margin=config.min_margin,
         min_p=config.min_p,
         pairs_per_prompt=config.pairs_per_prompt,
+        calibrated_p_a=None if fitted is None else fitted.apply,
     )
 
 
@@ -336,9 +347,7 @@ def _export(
     from prefopt.data.preference_data import save_preferences
     from prefopt.data.records import write_records
 
-    found = _build(config, judged)
-    if calibration is not None:
-        raise NotImplementedError
+    found = _build(config, judged, calibration)
     save_preferences(found.groups, path)
     left_out = path.parent / "left_out.jsonl"
     if path.name != "preferences.jsonl" or path.parent != Path(config.out):

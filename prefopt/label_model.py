@@ -76,6 +76,9 @@ __all__ = [
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+Reliability = float | Literal["fitted"]
+"""An assumed squared correlation of a judge's settled opinion with quality, or the wish to fit it."""
+
 # Priors of the transformed parameters: log slope, bias, log tie, log(strong - tie), logit r.
 # The means describe a middling judge; two standard deviations reach from useless to near perfect.
 _PRIOR_MEAN = np.array([np.log(1.5), 0.0, np.log(0.5), np.log(1.5), 1.5])
@@ -153,7 +156,7 @@ def fit_label_model(
     *,
     n_judges: int | None = None,
     people: Sequence[int] = (),
-    reliability: float | Literal["fitted"] = 1.0,
+    reliability: Reliability | Sequence[Reliability] = 1.0,
     start: LabelModel | None = None,
 ) -> LabelModel:
     """Fit every judge's parameters to all verdicts of a run (maximum a posteriori).
@@ -163,7 +166,8 @@ def fit_label_model(
         n_judges: how many judges there are; by default the highest number seen, plus one.
         people: judges that are people. They have no position bias and reliability 1.
         reliability: assumed for all judges that are not people, in (0, 1]; or "fitted", which needs
-            pairs with verdicts by two judges (see the module's text for what two can tell).
+            pairs with verdicts by two judges (see the module's text for what two can tell). Or one
+            such value a judge: ("fitted", 1.0) measures a cheap judge by a strong one that is trusted.
         start: an earlier fit of the same judges, from which the search starts. It saves time and
             moves the result only within the search's tolerance.
 
@@ -180,25 +184,28 @@ def fit_label_model(
         raise ValueError(f"n_judges is {n_judges}, but the verdicts name judge {seen - 1}.")
     if not set(people) <= set(range(count)):
         raise ValueError(f"people must be judges of 0 .. {count - 1}, got {sorted(people)}.")
-    if reliability != "fitted" and not 0.0 < reliability <= 1.0:
-        raise ValueError(f"reliability must be in (0, 1] or 'fitted', got {reliability}.")
+    each: list[Reliability] = (
+        [reliability] * count if isinstance(reliability, str | float | int) else list(reliability)
+    )
+    if len(each) != count or not all(r == "fitted" or 0.0 < float(r) <= 1.0 for r in each):
+        raise ValueError(
+            f"reliability must be in (0, 1] or 'fitted', once or for each of {count} judge(s), "
+            f"got {reliability}."
+        )
 
     encoded = encode(observations, count)
     free = np.ones((count, _N_PARAMETERS), dtype=bool)
     free[list(people), 1] = False
     free[:, 4] = False
     fixed_reliability = np.ones(count)
-    machines = [j for j in range(count) if j not in set(people)]
-    if reliability == "fitted":
-        overlap = (encoded.states != 0).sum(axis=1) >= 2
-        if not overlap.any():
-            raise ValueError(
-                "reliability='fitted' needs pairs with verdicts by two judges (or a judge and a "
-                "person), and there is none. Pass a number, or ask a second judge about some pairs."
-            )
-        free[machines, 4] = True
-    else:
-        fixed_reliability[machines] = reliability
+    for j in sorted(set(range(count)) - set(people)):
+        free[j, 4] = each[j] == "fitted"
+        fixed_reliability[j] = 1.0 if each[j] == "fitted" else float(each[j])
+    if free[:, 4].any() and not ((encoded.states != 0).sum(axis=1) >= 2).any():
+        raise ValueError(
+            "reliability='fitted' needs pairs with verdicts by two judges (or a judge and a "
+            "person), and there is none. Pass a number, or ask a second judge about some pairs."
+        )
     verdicts = np.bincount(observations.judge, minlength=count)
     free[verdicts == 0] = False
 

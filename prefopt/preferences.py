@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -115,7 +115,8 @@ def build_preferences(
     min_margin: float = 1.0,
     min_p: float = 0.5,
     pairs_per_prompt: int | None = None,
-    reliability: float = 1.0,
+    reliability: float | Literal["fitted"] | None = None,
+    calibrated_p_a: Callable[[JudgedComparison], float] | None = None,
 ) -> Preferences:
     """Turn judged comparisons into preference groups.
 
@@ -138,12 +139,15 @@ def build_preferences(
         pairs_per_prompt: keep at most this many preferences a prompt, between the answers that lie
             furthest apart (1: the best and the worst); None keeps all. Under "inferred" a pair that
             was never compared directly may be among them, placed by the others.
-        reliability: how far a judge's settled opinion can be trusted, in (0, 1]; 1 takes it as the
-            truth. Lower it, or calibrate, where people disagree with the judge.
+        reliability: how far a judge's settled opinion can be trusted: a number in (0, 1], where 1
+            takes it as the truth, or "fitted". By default it is fitted where two judges saw the same
+            pairs, and 1 otherwise. Lower it, or calibrate, where people disagree with the judge.
+        calibrated_p_a: P(a is better) of a judged comparison as fitted to people's labels, such as
+            `Calibration.apply`; it takes the place of what is inferred.
 
     Returns:
         Preferences with groups in order of first appearance. `p_chosen` is inferred under either
-        rule; its source is "prior" below 30 verdicts.
+        rule; its source is "prior" below 30 verdicts, and "calibrated" where that is given.
     """
     problems = []
     if rule not in ("mean_grade", "inferred"):
@@ -157,7 +161,7 @@ def build_preferences(
     if problems:
         raise ValueError("; ".join(problems) + ".")
     inference = infer(judged, reliability=reliability)
-    p_a = inference.p_a(judged)
+    p_a = inference.p_a(judged) if calibrated_p_a is None else [calibrated_p_a(j) for j in judged]
     by_prompt: dict[str, list[_Labelled]] = {}
     for item, p in zip(judged, p_a, strict=True):
         labelled = _Labelled(item, p, _favours_a(item, p, rule))
@@ -165,6 +169,8 @@ def build_preferences(
 
     n_verdicts = sum(v.failure is None for item in judged for v in item.verdicts)
     source: PSource = "inferred" if n_verdicts >= _ENOUGH_TO_FIT else "prior"
+    if calibrated_p_a is not None:
+        source = "calibrated"
     groups, left_out = [], []
     for items in by_prompt.values():
         usable: list[_Labelled] = []
@@ -174,7 +180,7 @@ def build_preferences(
                 usable.append(labelled)
             else:
                 left_out.append(reason)
-        if pairs_per_prompt is not None and rule == "inferred":
+        if pairs_per_prompt is not None and rule == "inferred" and calibrated_p_a is None:
             group, reasons = _widest_inferred(
                 items, inference, pairs_per_prompt, max(min_p, 0.5 + 1e-9), source
             )
@@ -234,7 +240,11 @@ class Inference(NamedTuple):
         return self.answers[(answer.prompt.prompt_id, answer.text)]
 
 
-def infer(judged: Sequence[JudgedComparison], *, reliability: float = 1.0) -> Inference:
+def infer(
+    judged: Sequence[JudgedComparison],
+    *,
+    reliability: float | Literal["fitted"] | None = None,
+) -> Inference:
     """Fit every judge's sharpness, position bias and thresholds to all verdicts together.
 
     Failed verdicts are no observations. Answers of a prompt are told apart by their text.
@@ -262,8 +272,27 @@ def infer(judged: Sequence[JudgedComparison], *, reliability: float = 1.0) -> In
             rows.append((prompt, shown[0], shown[1], judge, shown[2]))
     columns = list(zip(*rows, strict=True)) if rows else [()] * 5
     observations = observe(*columns)
+    if reliability is None:
+        reliability = "fitted" if seen_by_two(observations) else 1.0
     model = fit_label_model(observations, n_judges=max(len(judges), 1), reliability=reliability)
     return Inference(model, tuple(judges), observations, prompts, answers)
+
+
+def seen_by_two(observations: Observations) -> bool:
+    """Whether some pair has verdicts by two judges; without that nothing shows whom to trust."""
+    judges_of: dict[tuple[int, int, int], int] = {}
+    rows = zip(
+        observations.prompt.tolist(),
+        observations.first.tolist(),
+        observations.second.tolist(),
+        observations.judge.tolist(),
+        strict=True,
+    )
+    for prompt, first, second, judge in rows:
+        pair = (prompt, min(first, second), max(first, second))
+        if judges_of.setdefault(pair, judge) != judge:
+            return True
+    return False
 
 
 class _Labelled(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "prefopt"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TEXT_SIDE = {
-    "types", "errors", "preferences", "label_model", "pair_policy", "judging_plan", "runs", "progress", "chat",
+    "types", "errors", "preferences", "label_model", "labelling", "judging_plan", "runs", "progress", "chat",
     "data", "judges.base", "judges.ledger", "judges.rubric", "judges.rules", "judges.scripted",
     "judges.anthropic", "judges.anthropic_batches", "judges.openai", "judges.api_judge",
     "judges.asking", "judges.waves", "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
@@ -43,7 +43,7 @@ def test_text_code_never_imports_torch(path):
 def test_dependencies_point_one_way(path):
     """types <- text side <- models and sampling <- training and evaluation <- flow <- cli."""
     ranks = {"types": 0, "errors": 0, "progress": 0, "data": 1, "chat": 1, "label_model": 1,
-             "pair_policy": 1, "judging_plan": 1, "preferences": 1,
+             "labelling": 1, "judging_plan": 1, "preferences": 1,
              "runs": 2, "models": 2, "judges": 3, "sampling": 3, "training": 3, "testing": 3,
              "evaluation": 4, "label_job": 4, "flow": 5, "cli": 6}  # fmt: skip
     own = name_of(path).split(".")[0]

@@ -268,7 +268,7 @@ class AnthropicJudge(ApiJudge):
         open_batches = book.adopt_batches(self.fingerprint)
         first = list(itertools.islice(asked, BATCH_FROM)) if self.transport == "auto" else []
         batch = self.transport == "batch" or len(first) >= BATCH_FROM
-        if batch and not (abilities.batch and hasattr(client.messages, "batches")):
+        if batch and not (abilities.batch and await self._offers_batches(client)):
             if self.transport == "batch":
                 raise JudgeUnavailable(
                     f"{self.name}: message batches are not offered for this model or by this "
@@ -281,6 +281,22 @@ class AnthropicJudge(ApiJudge):
         batches = BatchAsking(self, client, book, told)
         left = await batches.finish(open_batches, rest if batch else iter(()))
         return left if batch else left + await super().ask(client, rest, book, told)
+
+    async def _offers_batches(self, client: Any) -> bool:
+        """Whether the service has message batches: clouds and gateways often have not."""
+        import anthropic
+
+        try:
+            await client.messages.batches.list(limit=1)
+        except anthropic.APIStatusError as error:
+            return error.status_code not in (404, 405, 501)
+        except anthropic.APIConnectionError:
+            return True  # a break says nothing about what is offered
+        except (anthropic.AnthropicError, AttributeError):
+            return False
+        except ValueError:
+            return True
+        return True
 
     async def _abilities(self, client: Any) -> Abilities:
         """What the API says the model can do; everything, where it does not say."""

@@ -47,6 +47,7 @@ MAX_BYTES = 100_000_000
 _CLOCK_SKEW_S = 300.0
 _WRITE_AT_ONCE = 500
 _TRIES_TO_MAKE = 3
+_TRIES_TO_READ = 20  # reading costs nothing, and giving up leaves paid answers lying
 
 
 class BatchAsking:
@@ -294,7 +295,7 @@ class BatchAsking:
                     return "collected"
                 if isinstance(trouble, JudgeUnavailable):
                     raise trouble from None
-                if next(waits) >= self.judge.max_attempts:
+                if next(waits) >= _TRIES_TO_READ:
                     raise JudgeUnavailable(
                         f"{self.judge.name}: message batch {batch.batch_id} cannot be read "
                         f"({trouble}). It is paid for and kept by the API for 29 days: run again "

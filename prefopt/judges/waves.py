@@ -11,12 +11,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from prefopt.judges.asking import ask_missing, verdict_key
 from prefopt.judges.base import Judge
 from prefopt.judges.ledger import Ledger
 from prefopt.judging_plan import Asked, PlanSettings, PromptState, next_questions, observations_of
-from prefopt.label_model import fit_label_model, prior_label_model
+from prefopt.label_model import (
+    LabelModel,
+    Observations,
+    fit_label_model,
+    prior_label_model,
+)
+from prefopt.preferences import seen_by_two
 from prefopt.types import Candidate, Comparison, JudgedComparison, Verdict, group_by_prompt
 
 logger = logging.getLogger(__name__)
@@ -95,8 +102,24 @@ def judge_in_waves(
                     asked[q.key].append(entry)
                     verdicts[q.key].append((entry, verdict))
             states = [PromptState(key, len(answers[key]), tuple(a)) for key, a in asked.items()]
-            model = fit_label_model(observations_of(states), n_judges=len(judges), start=model)
+            model = _fit(observations_of(states), wanted, model)
     return [item for key in answers for item in _judged(answers[key], verdicts[key])]
+
+
+def _fit(observations: Observations, settings: PlanSettings, start: LabelModel) -> LabelModel:
+    """Fit the judges; several that saw the same pairs also show how far each can be trusted.
+
+    A judge that costs much more than the others is taken as the measure of them.
+    """
+    n = len(start.judges)
+    prices = settings.prices
+    trusted = max(prices) if prices and max(prices) > 2 * min(prices) else None
+    reliability: list[float | Literal["fitted"]] = [
+        1.0 if n == 1 or prices[j : j + 1] == (trusted,) else "fitted" for j in range(n)
+    ]
+    if n > 1 and not seen_by_two(observations):
+        reliability = [1.0] * n
+    return fit_label_model(observations, n_judges=n, reliability=reliability, start=start)
 
 
 def _with_prices(

@@ -164,7 +164,7 @@ def test_a_reply_cut_off_in_a_batch_gets_its_larger_try_at_once(tmp_path):
 
 def test_a_trial_that_is_rejected_stops_before_any_batch(tmp_path):
     fake = FakeAnthropic(prefer_good)
-    fake.faults = [status_fault(400, message="output_config.format.schema: not like this")]
+    fake.faults = [None, status_fault(400, message="output_config.format.schema: not like this")]
     with pytest.raises(JudgeUnavailable, match=r"no batch was sent.*not like this"):
         judge_comparisons(pairs(4), batch_judge(fake), ledger=tmp_path / "l", progress=False)
     assert created(fake) == []
@@ -172,7 +172,7 @@ def test_a_trial_that_is_rejected_stops_before_any_batch(tmp_path):
 
 def test_a_create_whose_answer_is_lost_is_found_again_and_not_sent_twice(tmp_path):
     fake = FakeAnthropic(prefer_good)
-    fake.faults = [None, processed_then_timeout]
+    fake.faults = [None, None, processed_then_timeout]
     judged = judge_comparisons(pairs(4), batch_judge(fake), ledger=tmp_path / "l", progress=False)
     assert [j.forward.preferred for j in judged] == winners(judged)
     assert len(fake.batches) == 1
@@ -181,7 +181,7 @@ def test_a_create_whose_answer_is_lost_is_found_again_and_not_sent_twice(tmp_pat
 
 def test_a_create_that_never_arrived_is_sent_again(tmp_path):
     fake = FakeAnthropic(prefer_good)
-    fake.faults = [None, dropped_connection]
+    fake.faults = [None, None, dropped_connection]
     judged = judge_comparisons(pairs(4), batch_judge(fake), ledger=tmp_path / "l", progress=False)
     assert [j.forward.preferred for j in judged] == winners(judged)
     assert len(fake.batches) == 1
@@ -190,7 +190,7 @@ def test_a_create_that_never_arrived_is_sent_again(tmp_path):
 
 def test_another_programs_batch_of_the_same_size_is_not_taken_for_ours(tmp_path):
     fake = FakeAnthropic(prefer_good)
-    fake.faults = [None, processed_then_timeout]
+    fake.faults = [None, None, processed_then_timeout]
 
     async def someone_else():
         requests = [
@@ -219,7 +219,7 @@ def test_another_programs_batch_of_the_same_size_is_not_taken_for_ours(tmp_path)
 
 def test_results_that_break_off_are_read_again_without_counting_twice(tmp_path):
     fake = FakeAnthropic(prefer_good, batch_polls=1)
-    fake.faults = [None, None, None, cut_off()]  # trial, create, retrieve, results
+    fake.faults = [None, None, None, None, cut_off()]  # list, trial, create, retrieve, results
     judged = judge_comparisons(pairs(10), batch_judge(fake), ledger=tmp_path / "l", progress=False)
     assert [j.forward.preferred for j in judged] == winners(judged)
     with Ledger(tmp_path / "l") as book:
@@ -275,7 +275,7 @@ def test_a_model_without_batches_says_so(tmp_path):
 
 def test_the_sdk_is_told_not_to_send_a_batch_twice(tmp_path):
     fake = FakeAnthropic(prefer_good)
-    fake.faults = [None, status_fault(503)]
+    fake.faults = [None, None, status_fault(503)]
     judge_comparisons(pairs(2), batch_judge(fake), ledger=tmp_path / "l", progress=False)
     assert len(created(fake)) == 2  # one refused, one made, after looking for the first
     assert len(fake.batches) == 1
