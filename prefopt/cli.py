@@ -83,8 +83,8 @@ def sample(
 def judge_estimate(config: LabelConfig) -> None:
     """Say what a labelling job would cost, before anything is asked.
 
-    Example: prefopt judge estimate --candidates candidates.jsonl --out labels
-    --judge anthropic:claude-sonnet-5-5
+    Example: prefopt judge estimate --candidates candidates.jsonl
+    --out labels --judge anthropic:claude-sonnet-5-5
     """
     from prefopt.label_job import estimate_labels
 
@@ -367,8 +367,8 @@ _JUDGE_STEPS: dict[str, Callable[..., None]] = {
 _JUDGE_DESCRIPTION = """\
 From candidate answers to labels whose quality is known.
 
-  prefopt judge estimate  --candidates candidates.jsonl --out labels --judge anthropic:claude-sonnet-5-5
-  prefopt judge label     --candidates candidates.jsonl --out labels --judge anthropic:claude-sonnet-5-5 \\
+  prefopt judge estimate  --candidates answers.jsonl --out labels --judge anthropic:claude-sonnet-5-5
+  prefopt judge label     --candidates answers.jsonl --out labels --judge anthropic:claude-sonnet-5-5 \\
                           --max_usd 5
   prefopt judge resume    --out labels --max_usd 10      after a stop, a crash, or at the limit
   prefopt judge report    --out labels                   flips, position, length, failures, cost

@@ -14,7 +14,9 @@ TEXT_SIDE = {
     "types", "errors", "preferences", "label_model", "labelling", "judging_plan", "runs", "progress", "chat",
     "data", "judges.base", "judges.ledger", "judges.rubric", "judges.rules", "judges.scripted",
     "judges.anthropic", "judges.anthropic_batches", "judges.openai", "judges.api_judge",
-    "judges.asking", "judges.waves", "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
+    "judges.asking", "judges.waves", "judges.canaries", "judges.label_report", "judges.label_page",
+    "judges.agreement", "judges.calibration", "judges.calibrate",
+    "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "training.health",
 }  # fmt: skip
 
