@@ -368,8 +368,8 @@ _JUDGE_DESCRIPTION = """\
 From candidate answers to labels whose quality is known.
 
   prefopt judge estimate  --candidates answers.jsonl --out labels --judge anthropic:claude-sonnet-5-5
-  prefopt judge label     --candidates answers.jsonl --out labels --judge anthropic:claude-sonnet-5-5 \\
-                          --max_usd 5
+  prefopt judge label     --candidates answers.jsonl --out labels --max_usd 5 \\
+                          --judge anthropic:claude-sonnet-5-5
   prefopt judge resume    --out labels --max_usd 10      after a stop, a crash, or at the limit
   prefopt judge report    --out labels                   flips, position, length, failures, cost
   prefopt judge export    --out labels --preferences sure.jsonl --rule inferred --min_p 0.9

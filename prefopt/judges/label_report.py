@@ -161,7 +161,10 @@ def label_report(
         bins[min(max(place, 0), _P_BINS - 1)] += 1
     left_out = Counter(item.reason for item in preferences.left_out)
     n_left_out = sum(left_out.values())
-    outcomes = {"labelled": max(tally.n - n_left_out, 0), **dict(left_out.most_common())}
+    outcomes: dict[str, int] = {
+        "labelled": max(tally.n - n_left_out, 0),
+        **dict(left_out.most_common()),
+    }
     report = LabelReport(
         judge=judge,
         rubric=rubric.name,
@@ -304,8 +307,8 @@ def _ledger_counts(book: Ledger) -> LedgerCounts:
         unknown_usd=money.unknown_usd,
         input_tokens=tokens[0],
         output_tokens=tokens[1],
-        answered=dict(answered),  # type: ignore[arg-type]
-        other_attempts=dict(others),  # type: ignore[arg-type]
+        answered={str(name): int(n) for name, n in answered},
+        other_attempts={str(name): int(n) for name, n in others},
         open_batches=open_batches[0][0],
     )
 
@@ -394,7 +397,7 @@ def _text(report: LabelReport) -> str:
     if report.canaries:
         lines += ["", "Canaries (verdicts that named the answer made to fool the judge)"]
         lines += [
-            f"  {c.kind:<18} fooled {c.n_fooled} of {c.n_verdicts}; {c.n_tie} ties, {c.n_failed} failed"
+            f"  {c.kind:<18} {c.n_fooled} of {c.n_verdicts}; {c.n_tie} ties, {c.n_failed} failed"
             for c in report.canaries
         ]
     if report.mean_p_chosen is not None:
