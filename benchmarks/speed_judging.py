@@ -111,14 +111,10 @@ def time_against_ideal(n_pairs: int) -> dict[str, float]:
         transport="sync",
         concurrency=CONCURRENCY,
     )
+    pairs = list(Pairs(n_pairs))  # making them up is not part of judging them
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        n = sum(
-            1
-            for _ in judge_stream(
-                Pairs(n_pairs), judge, ledger=f"{folder}/l.sqlite", progress=False
-            )
-        )
+        n = sum(1 for _ in judge_stream(pairs, judge, ledger=f"{folder}/l.sqlite", progress=False))
         wall_s = time.perf_counter() - start
     assert n == n_pairs
     ideal_s = 2 * n_pairs * LATENCY_S / CONCURRENCY

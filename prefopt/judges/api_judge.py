@@ -271,9 +271,7 @@ class ApiJudge(Judge):
 
 
 class Desk:
-    """Writes to a ledger for many at once: all that comes within a moment is one transaction."""
-
-    _MOMENT_S = 0.003
+    """Writes to a ledger for many at once: what comes in one turn of the loop is one transaction."""
 
     def __init__(self, book: Ledger) -> None:
         self._book = book
@@ -284,7 +282,8 @@ class Desk:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
         if not self._waiting:
-            loop.call_later(self._MOMENT_S, self.write_all)
+            # Not later: waiting would bunch requests up, and with them their answers.
+            loop.call_soon(self.write_all)
         self._waiting.append((change, done))
         # A change once handed in is made, even if the one who asked is cancelled meanwhile.
         return await done
