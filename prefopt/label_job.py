@@ -40,8 +40,8 @@ class LabelConfig:
     Args:
         candidates: JSONL file that `prefopt sample` wrote.
         out: the job's folder; the same folder continues the same job.
-        judge: "rules:house_style", "anthropic:<model>", "openai:<model>@<base_url>",
-            "local:<model>", "likelihood:<model>", "scripted:shortest", "scripted:longest".
+        judge: "rules:house_style", "anthropic:<model>", "local:<model>",
+            "likelihood:<model>", "scripted:shortest", "scripted:longest".
         second_judge: another judge. With plan "adaptive" it sees only what the first leaves open (give
             the cheaper one first); otherwise both see everything.
         rubric: what better means: "house_style", "helpful", or a text file.

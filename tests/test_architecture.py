@@ -11,12 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "prefopt"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TEXT_SIDE = {
-    "types", "errors", "preferences", "label_model", "labelling", "judging_plan", "runs", "progress", "chat",
+    "types", "errors", "preferences", "label_model", "labelling", "judging_plan", "runs",
+    "progress", "chat", "label_job",
     "data", "judges.base", "judges.ledger", "judges.rubric", "judges.rules", "judges.scripted",
-    "judges.anthropic", "judges.anthropic_batches", "judges.openai", "judges.api_judge",
+    "judges.anthropic", "judges.anthropic_batches", "judges.api_judge",
     "judges.asking", "judges.waves", "judges.canaries", "judges.label_report", "judges.label_page",
     "judges.agreement", "judges.calibration", "judges.calibrate",
-    "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate", "evaluation.eval_report", "evaluation.figure",
+    "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate",
+    "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "training.health",
 }  # fmt: skip
 

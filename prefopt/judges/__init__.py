@@ -40,9 +40,6 @@ def load_judge(
         spec: one of
             "rules:house_style"    the checkable part of the house style, no model, free;
             "anthropic:<model>"    Claude through the Anthropic API; needs a key and `max_usd`;
-            "openai:<model>@<base_url>"    a server that speaks OpenAI's protocol (vLLM, llama.cpp,
-                Ollama), free; without "@<base_url>" OpenAI's own, for which the price must be given
-                in Python;
             "local:<model>"        a transformers model (Hub id, folder or "demo") that is asked;
             "likelihood:<model>"   the same, comparing how likely it finds each answer;
             "scripted:shortest" or "scripted:longest"    length only, as a baseline.
@@ -61,11 +58,6 @@ def load_judge(
         from prefopt.judges.anthropic import AnthropicJudge
 
         return AnthropicJudge(argument, rubric=text, max_usd=max_usd, transport=transport)
-    if kind == "openai" and argument:
-        from prefopt.judges.openai import OpenAIJudge
-
-        model, _, base_url = argument.partition("@")
-        return OpenAIJudge(model, rubric=text, base_url=base_url or None)
     if kind == "local" and argument:
         from prefopt.judges.local import LocalJudge
 
@@ -87,6 +79,6 @@ def load_judge(
         return baselines[spec]()
     raise ValueError(
         f"unknown judge {spec!r}. Known: rules:house_style, anthropic:<model>, "
-        "openai:<model>@<base_url>, local:<model>, likelihood:<model>, scripted:shortest, "
+        "local:<model>, likelihood:<model>, scripted:shortest, "
         "scripted:longest."
     )

@@ -44,6 +44,7 @@ class LogLikelihoodJudge(Judge):
         dtype: DType = "auto",
     ) -> None:
         self._model = model
+        self._weights: str | None = None
         model_name = model if isinstance(model, str) else model.name
         self.name = f"likelihood:{model_name}"
         self.tie_nats, self.strong_nats = tie_nats, strong_nats
@@ -53,8 +54,10 @@ class LogLikelihoodJudge(Judge):
     @property
     def fingerprint(self) -> str:
         """Covers the model's weights and the thresholds."""
-        model = self._model
-        weights = model_fingerprint(model) if isinstance(model, str) else model.name
+        if self._weights is None:  # once: the name gives way to the loaded model later
+            model = self._model
+            self._weights = model_fingerprint(model) if isinstance(model, str) else model.name
+        weights = self._weights
         return content_hash([weights, "likelihood/1", self.tie_nats, self.strong_nats])
 
     def verdicts(

@@ -42,6 +42,7 @@ class LocalJudge(Judge):
         dtype: DType = "auto",
     ) -> None:
         self._model = model
+        self._weights: str | None = None
         model_name = model if isinstance(model, str) else model.name
         self.name = f"local:{model_name}"
         self.rubric = rubric
@@ -52,8 +53,10 @@ class LocalJudge(Judge):
     @property
     def fingerprint(self) -> str:
         """Covers the model's weights, the rubric, the bands and the wording of the question."""
-        model = self._model
-        weights = model_fingerprint(model) if isinstance(model, str) else model.name
+        if self._weights is None:  # once: the name gives way to the loaded model later
+            model = self._model
+            self._weights = model_fingerprint(model) if isinstance(model, str) else model.name
+        weights = self._weights
         asked = [_question("{conversation}", "{first}", "{second}", self.rubric), "local/1"]
         return content_hash(
             [weights, self.rubric.rubric_hash, self.tie_band, self.strong_band, asked]
