@@ -91,7 +91,8 @@ def test_the_steps_one_by_one(tiny_model, tmp_path, capsys):
     assert main(["judge", "label", "--candidates", at["c.jsonl"], "--judge", "scripted:shortest",
                  "--out", at["labels"]]) == 0  # fmt: skip
     assert main(["train", "dpo", "--preferences", at["labels"] + "/preferences.jsonl",
-                 "--model", tiny_model, "--out", at["ad"], "--dpo.max_length", "128"]) == 0  # fmt: skip
+                 "--model", tiny_model, "--out", at["ad"],
+                 "--dpo.max_length", "128"]) == 0  # fmt: skip
     assert main(["evaluate", "--prompts", str(prompts), "--model", tiny_model,
                  "--adapter", at["ad"], "--judge", "scripted:shortest", "--out", at["rep"],
                  *short]) == 0  # fmt: skip
