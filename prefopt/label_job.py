@@ -348,11 +348,16 @@ def _export(
     from prefopt.data.records import write_records
 
     found = _build(config, judged, calibration)
-    save_preferences(found.groups, path)
     left_out = path.parent / "left_out.jsonl"
     if path.name != "preferences.jsonl" or path.parent != Path(config.out):
         left_out = path.with_name(f"{path.name}.left_out.jsonl")
     write_records(left_out, found.left_out)
+    if found.groups:
+        save_preferences(found.groups, path)
+    else:
+        # No error: the report is yet to be written, and it says why.
+        path.unlink(missing_ok=True)
+        logger.warning("no comparison gave a label, so there is no %s", path)
     return found
 
 
