@@ -40,6 +40,8 @@ def load_judge(
         spec: one of
             "rules:house_style"    the checkable part of the house style, no model, free;
             "anthropic:<model>"    Claude through the Anthropic API; needs a key and `max_usd`;
+            "openai:<model>@<base_url>"    a server that speaks OpenAI's protocol (vLLM, llama.cpp,
+                Ollama); one that costs money needs its prices, which only Python can give it;
             "local:<model>"        a transformers model (Hub id, folder or "demo") that is asked;
             "likelihood:<model>"   the same, comparing how likely it finds each answer;
             "scripted:shortest" or "scripted:longest"    length only, as a baseline.
@@ -58,6 +60,13 @@ def load_judge(
         from prefopt.judges.anthropic import AnthropicJudge
 
         return AnthropicJudge(argument, rubric=text, max_usd=max_usd, transport=transport)
+    if kind == "openai" and argument:
+        from prefopt.judges.openai import OpenAIJudge
+
+        # A model's name may hold an "@" of its own.
+        model, at, rest = argument.rpartition("@http")
+        model, base_url = (model, "http" + rest) if at else (argument, None)
+        return OpenAIJudge(model, rubric=text, base_url=base_url, max_usd=max_usd)
     if kind == "local" and argument:
         from prefopt.judges.local import LocalJudge
 
@@ -79,6 +88,6 @@ def load_judge(
         return baselines[spec]()
     raise ValueError(
         f"unknown judge {spec!r}. Known: rules:house_style, anthropic:<model>, "
-        "local:<model>, likelihood:<model>, scripted:shortest, "
+        "openai:<model>@<base_url>, local:<model>, likelihood:<model>, scripted:shortest, "
         "scripted:longest."
     )

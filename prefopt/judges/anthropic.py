@@ -8,20 +8,19 @@ datasets are nobody's business here.
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import itertools
 import json
 import logging
 import math
 import os
 import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from prefopt.errors import JudgeUnavailable
+from prefopt.judges.api_errors import connection_trouble, readable_json, status_trouble
 from prefopt.judges.api_judge import ApiJudge, Reply, ReplyEnd, Request, Unanswered
 from prefopt.judges.base import Asked, CostEstimate
 from prefopt.judges.ledger import Ledger
@@ -387,16 +386,11 @@ class AnthropicJudge(ApiJudge):
         )
 
     def _decoded(self, content: bytes) -> Message:
+        plain = readable_json(content, self.hide_secrets)
         try:
-            # Not msgspec's own reader: half a character in an escape is no reason to pay twice.
-            return msgspec.convert(json.loads(content), Message)
+            return msgspec.convert(plain, Message)
         except msgspec.ValidationError as error:
             raise Unanswered(f"The API's answer is no message: {error}.", billed=None) from None
-        except (ValueError, RecursionError):
-            page = self.hide_secrets(content[:120].decode("utf-8", "replace"))
-            raise Unanswered(
-                f"The API's answer was not readable JSON: {page!r}.", billed=None
-            ) from None
 
     def read_message(
         self,
@@ -561,18 +555,12 @@ def sdk_trouble(
 ) -> Exception:
     """What an SDK exception means here: `JudgeUnavailable`, `Unanswered`, or itself (a bug)."""
     import anthropic
-    import httpx2
 
     if isinstance(error, anthropic.APIStatusError):
         said = hide(f"{error.status_code}: {error.api_message or error.message}")[:500]
         return _status_trouble(error, said, retry_after_cap_s)
     if isinstance(error, anthropic.APIConnectionError):
-        cause = error.__cause__
-        # Only the type: the text of a transport error may quote request headers.
-        name = type(cause or error).__name__
-        unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
-        billed = False if isinstance(cause, unsent) else None
-        return Unanswered(f"No answer from the API ({name}).", billed=billed)
+        return connection_trouble(error)
     if isinstance(error, json.JSONDecodeError):
         return Unanswered("The API's answer was not readable JSON.", billed=None)
     if isinstance(error, anthropic.CredentialsError) or (
@@ -586,58 +574,18 @@ def sdk_trouble(
 
 
 def _status_trouble(error: Any, said: str, retry_after_cap_s: float) -> Exception:
-    status: int = error.status_code
     lowered = said.casefold()
-    if (
-        status == 402
-        or error.error_code in _NO_MORE_MONEY
-        or any(words in lowered for words in _NO_MORE_MONEY_WORDS)
-    ):
-        return JudgeUnavailable(
-            f"the API account may not spend more ({said}). Raise its spending limit or top it up."
-        )
-    if status == 401:
-        return JudgeUnavailable(
-            f"the API rejected the credentials ({said}). Check ANTHROPIC_API_KEY (or "
-            "ANTHROPIC_AUTH_TOKEN) and ANTHROPIC_BASE_URL."
-        )
-    if status == 403:
-        return JudgeUnavailable(
-            f"the API does not allow this request ({said}). Use a key that may use this model."
-        )
-    if status == 404:
-        return JudgeUnavailable(
-            f"the API does not know what was asked for ({said}). Check the model's name and "
-            "ANTHROPIC_BASE_URL."
-        )
-    if status == 413 or (status == 400 and "prompt is too long" in lowered):
-        return Unanswered(f"Rejected as too long ({said}).", failure="too_long", passing=False)
-    if status in (408, 409, 429) or status >= 500:
-        wait_s = _retry_after_s(error.response.headers, time.time())
-        if wait_s is not None and wait_s > retry_after_cap_s:
-            return JudgeUnavailable(
-                f"the API asks to wait {wait_s:,.0f} s ({said}), more than the "
-                f"{retry_after_cap_s:,.0f} s of retry_after_cap_s. Run again later."
-            )
-        return Unanswered(
-            f"The API could not answer ({said}).",
-            retry_after_s=wait_s,
-            congestion=status in (429, 529),
-        )
-    return Unanswered(f"The API rejected the request ({said}).", passing=False)
-
-
-def _retry_after_s(headers: Any, now_s: float) -> float | None:
-    """Seconds to wait by a `retry-after` header in seconds, milliseconds or as an HTTP date."""
-    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        with contextlib.suppress(TypeError, ValueError):
-            seconds = float(headers.get(name)) * unit_s
-            if math.isfinite(seconds):
-                return max(seconds, 0.0)
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        date = email.utils.parsedate_to_datetime(headers.get("retry-after"))
-        return max(date.timestamp() - now_s, 0.0)
-    return None
+    return status_trouble(
+        error.status_code,
+        said,
+        error.response.headers,
+        retry_after_cap_s=retry_after_cap_s,
+        credentials="ANTHROPIC_API_KEY (or ANTHROPIC_AUTH_TOKEN)",
+        address="ANTHROPIC_BASE_URL",
+        out_of_money=error.error_code in _NO_MORE_MONEY
+        or any(words in lowered for words in _NO_MORE_MONEY_WORDS),
+        too_long=error.status_code == 400 and "prompt is too long" in lowered,
+    )
 
 
 _NO_CREDENTIALS = (

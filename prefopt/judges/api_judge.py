@@ -420,7 +420,7 @@ class Asking:
             self._stop(
                 JudgeUnavailable(
                     f"the first {self.finished} requests were all rejected, so the rest would be: "
-                    f"{problem} Check model, effort and rubric."
+                    f"{problem} Check the judge's settings."
                 )
             )
         elif self.unanswered_in_a_row == self._OUTAGE:

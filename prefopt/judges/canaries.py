@@ -74,20 +74,43 @@ class CanaryResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Verdicts that named the real answer."""
         return self.n_verdicts - self.n_fooled - self.n_tie - self.n_failed
 
+    @property
+    def fooled_interval(self) -> tuple[float, float] | None:
+        """Wilson 95 % interval (Wilson 1927) of the fooled share of the verdicts that did not fail.
+
+        None when all failed: then nothing was learnt.
+        """
+        from scipy.stats import binomtest
+
+        n = self.n_verdicts - self.n_failed
+        if n == 0:
+            return None
+        interval = binomtest(self.n_fooled, n).proportion_ci(method="wilson")
+        return float(interval.low), float(interval.high)
+
 
 def canary_comparisons(comparisons: Iterable[Comparison], *, n_prompts: int = 4) -> list[Canary]:
     """Every kind of attack against a real answer to each of a few prompts.
 
     The prompts are drawn by a hash of their ids, so the same job tests the same ones; the real
     answer is the longest of the prompt's that are shown. Prompts whose answers are all shorter than
-    five words are passed over, since there the attack may win honestly.
+    five words are passed over, since there the attack may win honestly. An attack's own text is
+    never taken for a real answer.
+
+    Raises:
+        ValueError: `n_prompts` is negative.
     """
+    if n_prompts < 0:
+        raise ValueError(f"n_prompts must be 0 or more, got {n_prompts}.")
+    attacks = set(ATTACKS.values())
     real: dict[str, Candidate] = {}
     for comparison in comparisons:
         for answer in (comparison.a, comparison.b):
             known = real.get(answer.prompt.prompt_id)
-            if len(answer.text.split()) >= _MIN_WORDS and (
-                known is None or (len(answer.text), answer.text) > (len(known.text), known.text)
+            if (
+                len(answer.text.split()) >= _MIN_WORDS
+                and answer.text not in attacks
+                and (known is None or _longer_first(answer) > _longer_first(known))
             ):
                 real[answer.prompt.prompt_id] = answer
     drawn = sorted(real, key=lambda prompt_id: content_hash(["canary", prompt_id]))[:n_prompts]
@@ -102,6 +125,10 @@ def canary_comparisons(comparisons: Iterable[Comparison], *, n_prompts: int = 4)
         for prompt_id in drawn
         for kind, text in ATTACKS.items()
     ]
+
+
+def _longer_first(answer: Candidate) -> tuple[int, str]:
+    return len(answer.text), answer.text
 
 
 def read_canaries(

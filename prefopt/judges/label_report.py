@@ -88,6 +88,11 @@ class LabelReport(
     """The figures of one labelling job; `label_report` makes one.
 
     `outcomes` says what became of every comparison; its values add up to `n_comparisons`.
+    `flips` is of pairs whose two orders both named a winner. `first_place` is of the verdicts that
+    named one, in pairs asked about in both orders: with one order, a lean to a place cannot be told
+    from better answers there. Its interval is too wide, never too narrow, since the two orders of a
+    pair mostly cancel. `longer_wins` is of pairs, each counted once: those without a failed verdict
+    whose mean grade is not 0 and whose answers differ in length (words split at white space).
     `grades` counts decided verdicts in favour of the answer shown first, 2 to -2. `both_orders`
     counts (grade with a first, grade with b first), both in favour of a, as "2/-1".
     """
@@ -150,19 +155,28 @@ def label_report(
         canaries: how the judge did on answers made to fool it.
         ledger: for what was paid; None leaves money out.
         created_at: the date shown; now by default.
+
+    Raises:
+        ValueError: `preferences` were made of other comparisons than `judged`.
     """
     tally = _Tally()
     for item in judged:
         tally.add(item)
+    if preferences.n_comparisons != tally.n:
+        raise ValueError(
+            f"the labels were made of {preferences.n_comparisons:,} comparisons, but "
+            f"{tally.n:,} judged ones came. Build the preferences from the same comparisons."
+        )
     pairs = [p for group in preferences.groups for p in group.preferences]
     bins = [0] * _P_BINS
     for p in pairs:
-        place = int((p.p_chosen - 0.5) * 2 * _P_BINS)
+        # Rounded: 0.7 - 0.5 is a little less than 0.2 in binary and would fall a bin too low.
+        place = int(round((p.p_chosen - 0.5) * 2 * _P_BINS, 9))
         bins[min(max(place, 0), _P_BINS - 1)] += 1
     left_out = Counter(item.reason for item in preferences.left_out)
     n_left_out = sum(left_out.values())
     outcomes: dict[str, int] = {
-        "labelled": max(tally.n - n_left_out, 0),
+        "labelled": tally.n - n_left_out,
         **dict(left_out.most_common()),
     }
     report = LabelReport(
@@ -238,13 +252,18 @@ class _Tally:
         self.same_length += lengths[0] == lengths[1]
         row = self.categories.setdefault(comparison.prompt.category, Counter())
         row["n"] += 1
-        row["flipped"] += item.flipped
         row["failed"] += bool(item.failures)
         if a == b:
             return  # nobody was asked
-        row["tie"] += item.mean_grade == 0 and not item.flipped
+        mean = item.mean_grade
+        row["tie"] += mean == 0 and not item.flipped
+        both_asked = len({verdict.shown_first for verdict in item.verdicts}) == 2
         for verdict in item.verdicts:
-            self._add_verdict(verdict, lengths)
+            self._add_verdict(verdict, both_asked)
+        if mean and lengths[0] != lengths[1]:
+            # A pair, not a verdict: its two orders mostly agree and are no two observations.
+            self.longer_or_shorter += 1
+            self.longer_named += (lengths[0] > lengths[1]) == (mean > 0)
         forward, backward = item.forward.grade, item.backward.grade if item.backward else None
         if item.backward is None and not item.more:
             self.one_order += 1
@@ -253,8 +272,9 @@ class _Tally:
             if forward and backward:
                 self.both_decided += 1
                 self.flipped += (forward > 0) != (backward > 0)
+                row["flipped"] += (forward > 0) != (backward > 0)
 
-    def _add_verdict(self, verdict: Verdict, lengths: tuple[int, int]) -> None:
+    def _add_verdict(self, verdict: Verdict, both_asked: bool) -> None:
         self.n_verdicts += 1
         if verdict.failure is not None:
             self.failures[verdict.failure] += 1
@@ -267,11 +287,9 @@ class _Tally:
         if grade == 0:
             self.tied += 1
             return
-        self.named += 1
-        self.first_named += verdict.preferred == verdict.shown_first
-        if lengths[0] != lengths[1]:
-            self.longer_or_shorter += 1
-            self.longer_named += (lengths[0] > lengths[1]) == (verdict.preferred == "a")
+        if both_asked:
+            self.named += 1
+            self.first_named += verdict.preferred == verdict.shown_first
 
     def category_rows(self) -> tuple[CategoryRow, ...]:
         if set(self.categories) <= {""}:
@@ -320,8 +338,19 @@ def _warnings(report: LabelReport) -> list[str]:
         if canary.n_fooled:
             found.append(
                 f"The judge fell for the canary '{canary.kind}' in {canary.n_fooled} of "
-                f"{canary.n_verdicts} verdicts: an answer can win by a trick. Use a stronger "
-                "judge, or read the labels of odd-looking answers before training on them."
+                f"{canary.n_verdicts - canary.n_failed} verdicts: an answer can win by a trick. Use a "
+                "stronger judge, or read the labels of odd-looking answers before training on them."
+            )
+        elif canary.n_failed == canary.n_verdicts:
+            found.append(
+                f"All {canary.n_verdicts} verdicts on the canary '{canary.kind}' failed, so it is "
+                "not known whether the judge can be fooled that way. Run again with the same ledger."
+            )
+        elif canary.n_tie:
+            found.append(
+                f"The judge called the canary '{canary.kind}' as good as a real answer in "
+                f"{canary.n_tie} of {canary.n_verdicts - canary.n_failed} verdicts. Read its "
+                "rationales, and use a stronger judge if it cannot tell the two apart."
             )
     n_failed = sum(report.failures.values())
     if report.n_verdicts and n_failed / report.n_verdicts > 0.02:
@@ -346,7 +375,7 @@ def _warnings(report: LabelReport) -> list[str]:
     longer = report.longer_wins
     if longer and longer.low > 0.6:
         found.append(
-            f"The longer answer wins {longer.share:.0%} of the decided verdicts. If length is not "
+            f"The longer answer wins {longer.share:.0%} of the decided pairs. If length is not "
             "what you want, say so in the rubric, or compare answers of similar length."
         )
     if report.one_order:
@@ -368,7 +397,7 @@ def _warnings(report: LabelReport) -> list[str]:
 
 def _text(report: LabelReport) -> str:
     lines = [
-        f"Labels by {report.judge} under the rubric '{report.rubric}' ({report.created_at})",
+        f"Labels by {_plain(report.judge)} under the rubric '{report.rubric}' ({report.created_at})",
         "",
         f"{report.n_comparisons:,} comparisons over {report.n_prompts:,} prompts, "
         f"{report.n_verdicts:,} verdicts, {report.n_labels:,} labels",
@@ -393,11 +422,12 @@ def _text(report: LabelReport) -> str:
     if report.failures:
         lines += ["", "Failed verdicts"]
         lines += [f"  {name:<18} {n:>9,}" for name, n in report.failures.items()]
-        lines += [f"    refused: {name:<12} {n:>6,}" for name, n in report.refusals.items()]
+        lines += [f"    refused: {_plain(name):<12} {n:>6,}" for name, n in report.refusals.items()]
     if report.canaries:
         lines += ["", "Canaries (verdicts that named the answer made to fool the judge)"]
         lines += [
-            f"  {c.kind:<18} {c.n_fooled} of {c.n_verdicts}; {c.n_tie} ties, {c.n_failed} failed"
+            f"  {c.kind:<14} {Share.of(c.n_fooled, c.n_verdicts - c.n_failed) or '     -'}; "
+            f"{c.n_tie} ties, {c.n_failed} failed"
             for c in report.canaries
         ]
     if report.mean_p_chosen is not None:
@@ -410,7 +440,8 @@ def _text(report: LabelReport) -> str:
     if report.categories:
         lines += ["", f"  {'category':<20} {'pairs':>7} {'flipped':>8} {'ties':>6} {'failed':>7}"]
         lines += [
-            f"  {r.category[:20]:<20} {r.n:>7,} {r.n_flipped:>8,} {r.n_tie:>6,} {r.n_failed:>7,}"
+            f"  {_plain(r.category)[:20]:<20} {r.n:>7,} {r.n_flipped:>8,} {r.n_tie:>6,} "
+            f"{r.n_failed:>7,}"
             for r in report.categories
         ]
     if report.ledger:
@@ -422,6 +453,11 @@ def _text(report: LabelReport) -> str:
         for warning in report.warnings:
             lines += textwrap.wrap(warning, 78, initial_indent="  - ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def _plain(name: str) -> str:
+    """A name on one line, without characters that move a terminal's cursor or change its colours."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(name.split()))
 
 
 def _money_lines(report: LabelReport) -> list[str]:

@@ -1,12 +1,14 @@
 """The report on verdicts: every count by hand, nothing lost, a page that shows no user's text raw."""
 
+from html.parser import HTMLParser
+
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.judges import HOUSE_STYLE, ScriptedJudge, judge_comparisons
-from prefopt.judges.canaries import ATTACKS, CanaryResult, canary_comparisons, read_canaries
+from prefopt.judges import HOUSE_STYLE
+from prefopt.judges.canaries import CanaryResult
 from prefopt.judges.label_report import LabelReport, Share, label_report, write_label_report
 from prefopt.judges.ledger import Ledger
 from prefopt.preferences import build_preferences
@@ -63,7 +65,8 @@ def test_every_figure_by_hand():
     # Named: 2/1 a, 1/-1, -1/-2, 1: seven verdicts; first place: a, first, first, second..., first.
     assert (report.first_place.k, report.first_place.n) == (5, 7)
     assert (report.ties.k, report.ties.n) == (2, 9)
-    assert (report.longer_wins.k, report.longer_wins.n) == (4, 7)
+    # Of pairs: a, the longer, by 2/1; b by -1/-2; the flip has mean 0, one verdict of 4 failed.
+    assert (report.longer_wins.k, report.longer_wins.n) == (1, 2)
     assert report.grades == {"2": 2, "1": 3, "0": 2, "-1": 2, "-2": 0}
     assert report.both_orders == {"2/1": 1, "1/-1": 1, "0/0": 1, "-1/-2": 1}
     assert sum(report.p_chosen) == report.n_labels == 2
@@ -134,55 +137,101 @@ def test_the_files_are_written(tmp_path):
     assert read.ledger.spent_usd == 0
 
 
-# --- Canaries ---------------------------------------------------------------------------------
+def test_one_order_says_nothing_of_a_place():
+    report = report_on([judged(1, "none", i) for i in range(40)])
+    assert report.first_place is None
+    mixed = report_on([*[judged(1, "none", i) for i in range(40)], judged(1, 1, 40)])
+    assert (mixed.first_place.k, mixed.first_place.n) == (1, 2)
 
 
-def real(n, text="A real answer of several words."):
-    prompts = [Prompt.from_text(f"Question {i}?") for i in range(n)]
-    return [
-        Comparison(
-            a=Candidate(prompt=p, text=f"{text} {i}", model="m"),
-            b=Candidate(prompt=p, text="Short.", model="m", sample_index=1),
-        )
-        for i, p in enumerate(prompts)
-    ]
+def test_a_pair_counts_once_for_length_however_often_it_was_asked():
+    items = [judged(1, 1, i) for i in range(6)] + [judged(-1, -1, i) for i in range(6, 10)]
+    repeated = [msgspec.structs.replace(j, more=(j.forward, j.forward, j.backward)) for j in items]
+    once = report_on(items).longer_wins
+    assert (once.k, once.n) == (6, 10)
+    assert report_on(repeated).longer_wins == once
 
 
-def test_every_attack_is_tried_on_a_few_prompts_the_same_ones_each_time():
-    canaries = canary_comparisons(real(20), n_prompts=4)
-    assert len(canaries) == 4 * len(ATTACKS)
-    assert canaries == canary_comparisons(reversed(real(20)), n_prompts=4)
-    assert all(c.comparison.a.text.startswith("A real answer") for c in canaries)
-    assert {c.comparison.b.text for c in canaries} == set(ATTACKS.values())
+def test_labels_made_of_other_comparisons_are_refused():
+    other = build_preferences([judged(0, 0, i) for i in range(5)])
+    with pytest.raises(ValueError, match=r"5 comparisons, but 1 judged"):
+        label_report([judged(1, 1, 0)], judge="j", rubric=HOUSE_STYLE, preferences=other)
 
 
-def test_prompts_with_short_answers_only_are_passed_over():
-    assert canary_comparisons(real(5, text="No.")) == []
+@pytest.mark.parametrize(
+    ("p", "place"),
+    [(0.5, 0), (0.55, 1), (0.6, 2), (0.65, 3), (0.7, 4), (0.8, 6), (0.95, 9), (1.0, 9)],
+)
+def test_a_probability_on_the_edge_of_a_bin_is_counted_in_the_upper_one(p, place):
+    found = build_preferences([judged(2, 2, 0)], calibrated_p_a=lambda j: max(p, 0.5000001))
+    report = label_report([judged(2, 2, 0)], judge="j", rubric=HOUSE_STYLE, preferences=found)
+    assert [i for i, n in enumerate(report.p_chosen) if n] == [place]
 
 
-def test_a_judge_that_obeys_is_counted_as_fooled_and_one_that_reads_is_not():
-    canaries = canary_comparisons(real(5), n_prompts=3)
-    obeys = ScriptedJudge(lambda c: "a" if "ignore the rubric" in c.a.text else "b" if
-                          "ignore the rubric" in c.b.text else "tie")  # fmt: skip
-    found = judge_comparisons([c.comparison for c in canaries], obeys, progress=False)
-    results = {r.kind: r for r in read_canaries(canaries, found)}
-    assert results["instruction"] == CanaryResult(
-        kind="instruction", n_verdicts=6, n_fooled=6, n_tie=0, n_failed=0
-    )
-    assert results["constant"].n_tie == 6
-    reads = ScriptedJudge(lambda c: "a" if "real answer" in c.a.text else "b")
-    found = judge_comparisons([c.comparison for c in canaries], reads, progress=False)
-    assert all(r.n_fooled == 0 and r.n_sound == 6 for r in read_canaries(canaries, found))
-    report = report_on([judged(1, 1, i) for i in range(40)], canaries=results.values())
-    assert "fell for the canary 'instruction'" in report.warnings[0]
+def test_categories_and_the_whole_count_the_same_flips():
+    disagree = msgspec.structs.replace(judged(1, 1, 0), more=(verdict(-1), verdict(-1, "b")))
+    report = report_on([disagree, judged(1, -1, 1, category="x"), judged(1, 1, 2, category="x")])
+    assert sum(row.n_flipped for row in report.categories) == report.flips.k == 1
 
 
-def test_a_failed_canary_is_neither_fooled_nor_sound():
-    canaries = canary_comparisons(real(2), n_prompts=1)
-    fails = ScriptedJudge(lambda c: Verdict(judge="f", failure="refused"), name="f")
-    found = judge_comparisons([c.comparison for c in canaries], fails, progress=False)
-    assert all(
-        (r.n_fooled, r.n_sound, r.n_failed) == (0, 0, 2) for r in read_canaries(canaries, found)
-    )
-    with pytest.raises(ValueError, match="not the canaries"):
-        read_canaries(canaries, found[:-1])
+def test_a_name_cannot_steer_the_terminal():
+    named = judged(1, None, 0, category="x\x1b[31m\nLook at\rthis", why="category: \x1b[2Jbio.")
+    text = report_on([named, judged(1, 1, 1, category="\u6f22\u5b57 \U0001f600")]).to_text()
+    assert all(c.isprintable() for c in text.replace("\n", ""))
+    assert "x?[31m Look at this" in text
+
+
+def test_no_word_of_an_answer_is_kept_however_large_or_strange():
+    huge = "SECRET<script>\u202e\U0001f600 " * 50_000
+    report = report_on([judged(1, 1, 0, a=huge, b="SECRET short")])
+    for shown in (report.to_text(), report.to_html(), msgspec.json.encode(report).decode()):
+        assert "SECRET" not in shown
+    assert report.longer_wins.k == 1
+
+
+class _Tags(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.seen = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add((tag, *sorted(name for name, _ in attrs)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=30))
+def test_names_add_no_element_to_the_page(text):
+    def page(name):
+        items = [judged(1, None, 0, category=name, why=f"category: {name}."), judged(1, 1, 1)]
+        return _Tags(report_on(items).to_html()).seen
+
+    hostile = f'"><img src=x onerror=1>{text}</td><script>'
+    assert page(hostile) == page("calm")
+
+
+def canary(kind="constant", n=8, fooled=0, tie=0, failed=0):
+    return CanaryResult(kind=kind, n_verdicts=n, n_fooled=fooled, n_tie=tie, n_failed=failed)
+
+
+@pytest.mark.parametrize(
+    ("result", "warned"),
+    [
+        (
+            canary(kind="instruction", fooled=6, failed=2),
+            "fell for the canary 'instruction' in 6 of 6",
+        ),
+        (canary(failed=8), "not known whether the judge can be fooled"),
+        (canary(tie=3, failed=1), "as good as a real answer in 3 of 7"),
+    ],
+)
+def test_each_way_a_canary_can_go_wrong_is_said_first(result, warned):
+    report = report_on([judged(1, 1, i) for i in range(40)], canaries=[result])
+    assert warned in report.warnings[0]
+
+
+def test_a_sound_judge_gets_no_warning_about_canaries():
+    report = report_on([judged(1, 1, i) for i in range(40)], canaries=[canary()])
+    assert not any("canary" in warning for warning in report.warnings)
+    assert "0.0% to 32.4%, 0 of 8" in report.to_text()
+    assert "0–32%" in report.to_html()
