@@ -5,7 +5,8 @@
 Pure functions of tensors; the caller reduces. Nothing here knows models, tokens, texts or devices.
 Log-probabilities are in nats and summed over the answer's tokens unless a name says `mean`. Every
 pairwise loss reads one number for each side of a pair (its log-ratio, a divergence score, a mean
-log-probability), so swapping the sides, soft labels and ties are written once for all of them.
+log-probability), so swapping the sides, soft labels and ties are written once for all of them; so
+they share a file, long as their equations and sources make it.
 
 N is pairs, G groups, K answers of a group, A answers. In equations w is the chosen answer, l the
 rejected one, h = log-ratio of w minus log-ratio of l, s is the logistic function.
@@ -133,7 +134,7 @@ class LossSettings:
         simpo_gamma: target margin of SimPO, in units of the reward. SimPO's own code asks for
             gamma / beta instead, 0.3 to 0.5 being usual: 1.0 here is its 0.5 at beta = 2.
         orpo_lambda: weight of ORPO's odds-ratio term beside the likelihood term.
-        dpop_lambda: weight of DPO-Positive's penalty, in nats inside the reward. 50 in the paper.
+        dpop_lambda: DPO-Positive's price of a nat that the chosen answer lost; 50 in the paper.
         rdpo_alpha: R-DPO's reward per token of length, in units of the reward.
         rao_kupper_nu: tie parameter, above 1. At 3 equal answers tie half of the time.
         davidson_nu: tie parameter, above 0. At 1 equal answers tie half of the time.
@@ -170,6 +171,22 @@ def _same_shape(**tensors: Tensor) -> tuple[bool, str]:
     return len(set(shapes.values())) <= 1, f"shapes must agree, got {shapes}"
 
 
+def _margins(chosen: Tensor, rejected: Tensor, beta: float, *rules: tuple[bool, str]) -> Tensor:
+    """beta h, if the arguments make sense."""
+    _require(_positive("beta", beta), *rules, _same_shape(chosen=chosen, rejected=rejected))
+    return beta * (chosen - rejected)
+
+
+def _rewards(chosen: Tensor, rejected: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """r(w) and r(l), if the arguments make sense."""
+    _require(_positive("beta", beta), _same_shape(chosen=chosen, rejected=rejected))
+    return beta * chosen, beta * rejected
+
+
+def _share(name: str, value: float) -> tuple[bool, str]:
+    return 0 <= value <= 1, f"{name} must be in [0, 1], got {value}"
+
+
 # --- Scores: what replaces the log-ratio under another divergence -------------------------------
 
 
@@ -182,7 +199,8 @@ def f_divergence_scores(
         alpha       (t^(alpha - 1) - 1) / (alpha - 1)
 
     Wang et al. 2023, f-DPO, arXiv:2309.16240. With reverse KL the log-ratios themselves. Exponents
-    are cut at 80 (11 in half precision) so that a ratio of e^-80 gives a large score, not infinity.
+    are cut at 80, so that a vanishing ratio gives a large score, not infinity; where there are
+    exponents, half precision is widened to float32.
 
     Args:
         logratios: log [pi / pi_ref], any shape.
@@ -203,9 +221,8 @@ def f_divergence_scores(
 
 
 def _expm1_cut(exponents: Tensor) -> Tensor:
-    dtype = exponents.dtype
-    wide = exponents.float() if dtype in (torch.float16, torch.bfloat16) else exponents
-    return torch.expm1(wide.clamp(max=11.0 if dtype == torch.float16 else 80.0)).to(dtype)
+    wide = exponents.float() if exponents.dtype.itemsize < 4 else exponents
+    return torch.expm1(wide.clamp(max=80.0))
 
 
 # --- Losses of a margin -------------------------------------------------------------------------
@@ -226,11 +243,7 @@ def sigmoid_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float)
     Raises:
         ValueError: beta is not positive, or the shapes differ.
     """
-    _require(
-        _positive("beta", beta),
-        _same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores),
-    )
-    return -F.logsigmoid(beta * (chosen_scores - rejected_scores))
+    return -F.logsigmoid(_margins(chosen_scores, rejected_scores, beta))
 
 
 def cdpo_loss(
@@ -246,15 +259,8 @@ def cdpo_loss(
     Raises:
         ValueError: label_smoothing is outside [0, 1], or as `sigmoid_loss`.
     """
-    _require(
-        _positive("beta", beta),
-        (
-            0 <= label_smoothing <= 1,
-            f"label_smoothing must be in [0, 1], got {label_smoothing}",
-        ),
-        _same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores),
-    )
-    return _smoothed(beta * (chosen_scores - rejected_scores), label_smoothing)
+    rule = _share("label_smoothing", label_smoothing)
+    return _smoothed(_margins(chosen_scores, rejected_scores, beta, rule), label_smoothing)
 
 
 def _smoothed(margins: Tensor, label_smoothing: float) -> Tensor:
@@ -275,15 +281,9 @@ def robust_loss(
     Raises:
         ValueError: label_smoothing is outside [0, 0.5), or as `sigmoid_loss`.
     """
-    _require(
-        _positive("beta", beta),
-        (
-            0 <= label_smoothing < 0.5,
-            f"label_smoothing of robust must be in [0, 0.5), got {label_smoothing}",
-        ),
-        _same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores),
-    )
-    margins = beta * (chosen_scores - rejected_scores)
+    problem = f"label_smoothing of robust must be in [0, 0.5), got {label_smoothing}"
+    rule = (0 <= label_smoothing < 0.5, problem)
+    margins = _margins(chosen_scores, rejected_scores, beta, rule)
     clean = -(1 - label_smoothing) * F.logsigmoid(margins)
     flipped = -label_smoothing * F.logsigmoid(-margins)
     return (clean - flipped) / (1 - 2 * label_smoothing)
@@ -316,11 +316,7 @@ def hinge_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float) -
     Zhao et al. 2023, SLiC-HF, arXiv:2305.10425, with the reference inside the margin as in Liu et
     al. 2023, RSO, arXiv:2309.06657. 1 while policy and reference agree.
     """
-    _require(
-        _positive("beta", beta),
-        _same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores),
-    )
-    return torch.relu(1 - beta * (chosen_scores - rejected_scores))
+    return torch.relu(1 - _margins(chosen_scores, rejected_scores, beta))
 
 
 def ipo_loss(chosen_mean_scores: Tensor, rejected_mean_scores: Tensor, *, beta: float) -> Tensor:
@@ -331,13 +327,8 @@ def ipo_loss(chosen_mean_scores: Tensor, rejected_mean_scores: Tensor, *, beta: 
     Azar et al. 2023, arXiv:2310.12036, eq. 17, its tau written beta. Scores are means over each
     answer's tokens, as its authors trained it, so that beta does not depend on length.
     """
-    _require(
-        _positive("beta", beta),
-        _same_shape(
-            chosen_mean_scores=chosen_mean_scores, rejected_mean_scores=rejected_mean_scores
-        ),
-    )
-    return torch.square(chosen_mean_scores - rejected_mean_scores - 1 / (2 * beta))
+    margins = _margins(chosen_mean_scores, rejected_mean_scores, 1.0, _positive("beta", beta))
+    return torch.square(margins - 1 / (2 * beta))
 
 
 def sigmoid_norm_loss(
@@ -364,16 +355,9 @@ def exo_pair_loss(
     Raises:
         ValueError: label_smoothing is outside (0, 1), or as `sigmoid_loss`.
     """
-    _require(
-        _positive("beta", beta),
-        (
-            0 < label_smoothing < 1,
-            "label_smoothing of exo_pair must be above 0 and below 1 (0.001 is usual), got "
-            f"{label_smoothing}",
-        ),
-        _same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores),
-    )
-    margins = beta * (chosen_scores - rejected_scores)
+    problem = f"label_smoothing of exo_pair must be in (0, 1), as 0.001, got {label_smoothing}"
+    rule = (0 < label_smoothing < 1, problem)
+    margins = _margins(chosen_scores, rejected_scores, beta, rule)
     chosen_term = F.logsigmoid(margins) - math.log1p(-label_smoothing)
     rejected_term = F.logsigmoid(-margins) - math.log(label_smoothing)
     return torch.sigmoid(margins) * chosen_term + torch.sigmoid(-margins) * rejected_term
@@ -392,12 +376,7 @@ def discopop_loss(
     Raises:
         ValueError: tau is not positive, or as `sigmoid_loss`.
     """
-    _require(
-        _positive("beta", beta),
-        _positive("discopop_tau", tau),
-        _same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores),
-    )
-    margins = beta * (chosen_scores - rejected_scores)
+    margins = _margins(chosen_scores, rejected_scores, beta, _positive("discopop_tau", tau))
     logistic = torch.sigmoid(-margins / tau) * -F.logsigmoid(margins)
     exponential = torch.exp(F.logsigmoid(margins / tau) - margins)
     return logistic + exponential
@@ -412,11 +391,7 @@ def simpo_loss(
 
     Meng et al. 2024, arXiv:2405.14734, eq. 6. beta is 2 to 10 there and gamma 0.3 to 0.5 times it.
     """
-    _require(
-        _positive("beta", beta),
-        _same_shape(chosen_mean_logps=chosen_mean_logps, rejected_mean_logps=rejected_mean_logps),
-    )
-    return -F.logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)
+    return -F.logsigmoid(_margins(chosen_mean_logps, rejected_mean_logps, beta) - gamma)
 
 
 def odds_ratio_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Tensor:
@@ -466,13 +441,9 @@ def dpop_loss(
     Raises:
         ValueError: dpop_lambda is negative, or as `sigmoid_loss`.
     """
-    _require(
-        _positive("beta", beta),
-        (dpop_lambda >= 0, f"dpop_lambda must not be negative, got {dpop_lambda}"),
-        _same_shape(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios),
-    )
-    penalty = dpop_lambda * torch.relu(-chosen_logratios)
-    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - penalty))
+    rule = (dpop_lambda >= 0, f"dpop_lambda must not be negative, got {dpop_lambda}")
+    margins = _margins(chosen_logratios, rejected_logratios, beta, rule)
+    return -F.logsigmoid(margins - beta * dpop_lambda * torch.relu(-chosen_logratios))
 
 
 def rdpo_loss(
@@ -491,14 +462,14 @@ def rdpo_loss(
     Park et al. 2024, R-DPO, arXiv:2403.19159. It follows from maximising r(x, y) - alpha |y|.
     alpha = 0 is DPO.
     """
-    _require(
-        _positive("beta", beta),
-        _same_shape(chosen_scores=chosen_scores, chosen_lengths=chosen_lengths),
-        _same_shape(rejected_scores=rejected_scores, rejected_lengths=rejected_lengths),
-    )
-    chosen_rewards = beta * chosen_scores + alpha * chosen_lengths
-    rejected_rewards = beta * rejected_scores + alpha * rejected_lengths
-    return sigmoid_loss(chosen_rewards, rejected_rewards, beta=1.0)
+    chosen = _length_rewards(chosen_scores, chosen_lengths, beta, alpha)
+    rejected = _length_rewards(rejected_scores, rejected_lengths, beta, alpha)
+    return sigmoid_loss(chosen, rejected, beta=1.0)
+
+
+def _length_rewards(scores: Tensor, lengths: Tensor, beta: float, alpha: float) -> Tensor:
+    _require(_positive("beta", beta), _same_shape(scores=scores, lengths=lengths))
+    return beta * scores + alpha * lengths.to(scores.dtype)
 
 
 # --- Losses of each side on its own -------------------------------------------------------------
@@ -531,17 +502,13 @@ def bco_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
 def sppo_hard_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
     """Self-play preference optimization with hard labels, (N,).
 
-        (log-ratio(w) - 1 / (2 beta))^2 + (log-ratio(l) + 1 / (2 beta))^2
+        [(r(w) - 1/2)^2 + (r(l) + 1/2)^2] / beta^2
 
     Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with P = 1 for the winner; beta is 1 / eta. Soft labels
     in the "expected" mode give the gradient of its soft form.
     """
-    _require(
-        _positive("beta", beta),
-        _same_shape(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios),
-    )
-    target = 0.5 / beta
-    return torch.square(chosen_logratios - target) + torch.square(rejected_logratios + target)
+    chosen, rejected = _rewards(chosen_logratios, rejected_logratios, beta)
+    return (torch.square(chosen - 0.5) + torch.square(rejected + 0.5)) / beta**2
 
 
 def apo_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
@@ -568,16 +535,6 @@ def apo_down_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
     return torch.sigmoid(chosen) + 1 - torch.sigmoid(chosen - rejected)
 
 
-def _rewards(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
-    _require(
-        _positive("beta", beta),
-        _same_shape(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios),
-    )
-    return beta * chosen_logratios, beta * rejected_logratios
-
-
 # --- Losses of sorted batches -------------------------------------------------------------------
 
 
@@ -596,18 +553,9 @@ def aot_loss(
         beta: strength of the pull to the reference.
         label_smoothing: as e in `cdpo_loss`.
     """
-    _require(
-        _positive("beta", beta),
-        (
-            0 <= label_smoothing <= 1,
-            f"label_smoothing must be in [0, 1], got {label_smoothing}",
-        ),
-        _same_shape(policy_margins=policy_margins, ref_margins=ref_margins),
-    )
-    return _smoothed(
-        beta * (policy_margins.sort(dim=0).values - ref_margins.sort(dim=0).values),
-        label_smoothing,
-    )
+    rule = _share("label_smoothing", label_smoothing)
+    policy, reference = policy_margins.sort(dim=0).values, ref_margins.sort(dim=0).values
+    return _smoothed(_margins(policy, reference, beta, rule), label_smoothing)
 
 
 def aot_unpaired_loss(
@@ -674,12 +622,8 @@ def rao_kupper_loss(
     Raises:
         ValueError: nu is not above 1, or as `sigmoid_loss`.
     """
-    _require(
-        _positive("beta", beta),
-        (nu > 1, f"rao_kupper_nu must be above 1, got {nu}"),
-        _same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores),
-    )
-    return -F.logsigmoid(beta * (chosen_scores - rejected_scores) - math.log(nu))
+    rule = (nu > 1, f"rao_kupper_nu must be above 1, got {nu}")
+    return -F.logsigmoid(_margins(chosen_scores, rejected_scores, beta, rule) - math.log(nu))
 
 
 def rao_kupper_tie_loss(
@@ -709,12 +653,7 @@ def davidson_loss(
     Raises:
         ValueError: nu is not positive, or as `sigmoid_loss`.
     """
-    _require(
-        _positive("beta", beta),
-        _positive("davidson_nu", nu),
-        _same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores),
-    )
-    d = beta * (chosen_scores - rejected_scores)
+    d = _margins(chosen_scores, rejected_scores, beta, _positive("davidson_nu", nu))
     return torch.logsumexp(torch.stack((torch.zeros_like(d), -d, math.log(2 * nu) - d / 2)), dim=0)
 
 
@@ -727,9 +666,8 @@ def davidson_tie_loss(
 
     Chen et al. 2024, DPO-D, arXiv:2409.17431, after Davidson 1970.
     """
-    d = beta * (chosen_scores - rejected_scores)
     wins = davidson_loss(chosen_scores, rejected_scores, beta=beta, nu=nu)
-    return wins - math.log(2 * nu) + d / 2
+    return wins - math.log(2 * nu) + _margins(chosen_scores, rejected_scores, beta) / 2
 
 
 # --- Soft labels --------------------------------------------------------------------------------
@@ -772,6 +710,7 @@ def soft_label_loss(
     """
     if mode == "ignore":
         return loss(chosen, rejected)
+    _require(_same_shape(chosen=chosen, rejected=rejected, p_chosen=p_chosen))
     p = _probabilities(p_chosen, chosen)
     if mode == "geometric":
         return loss(p * chosen + (1 - p) * rejected, p * rejected + (1 - p) * chosen)
@@ -802,8 +741,8 @@ def tie_aware_loss(
     weights are those of the mixture of a win and a tie whose expected score, a tie counting half,
     is p. A p outside [0, 1] gives NaN.
     """
-    p = _probabilities(p_chosen, chosen)
-    lead = 2 * p - 1
+    _require(_same_shape(chosen=chosen, rejected=rejected, p_chosen=p_chosen))
+    lead = 2 * _probabilities(p_chosen, chosen) - 1
     certain = lead == 1
     sure_chosen, sure_rejected = (
         torch.where(certain, chosen, rejected),
@@ -818,6 +757,7 @@ def tie_aware_loss(
 # --- The registry -------------------------------------------------------------------------------
 
 Sides = tuple[Tensor, Tensor]
+_PER_PAIR = ("logps", "lengths", "p_chosen", "nll")  # ends of the names of the (N,) fields
 
 
 @dataclass(frozen=True)
@@ -853,12 +793,14 @@ class PairLoss:
         """The loss of each pair, (N,).
 
         Raises:
-            ValueError: a setting the loss reads is out of range or not supported, or its labels are.
+            ValueError: a setting the loss reads is out of range or not supported, its labels are,
+                or the batch's fields have different shapes.
         """
         if settings.f_divergence != "reverse_kl" and not self.supports_divergence:
             raise ValueError(
                 f"{self.name} has no form under {settings.f_divergence}; only reverse_kl"
             )
+        _require(_same_shape(**{k: v for k, v in batch._asdict().items() if k.endswith(_PER_PAIR)}))
         terms = []
         if self.sides is not None:
             terms.append(self._preference(batch, settings, *self.sides(batch, settings)))
@@ -915,17 +857,16 @@ def _mean_logps(batch: PairBatch, settings: LossSettings) -> Sides:
     )
 
 
-def _length_rewards(batch: PairBatch, settings: LossSettings) -> Sides:
-    """R-DPO's rewards: what the log-ratio says, and what the length does."""
-    _require(_positive("beta", settings.beta))
+def _rewards_with_length(batch: PairBatch, settings: LossSettings) -> Sides:
+    beta, alpha = settings.beta, settings.rdpo_alpha
     chosen, rejected = _scores(batch, settings)
     return (
-        settings.beta * chosen + settings.rdpo_alpha * batch.chosen_lengths,
-        settings.beta * rejected + settings.rdpo_alpha * batch.rejected_lengths,
+        _length_rewards(chosen, batch.chosen_lengths, beta, alpha),
+        _length_rewards(rejected, batch.rejected_lengths, beta, alpha),
     )
 
 
-def _policy_and_reference_margins(batch: PairBatch, settings: LossSettings) -> Sides:
+def _margins_of_both_models(batch: PairBatch, settings: LossSettings) -> Sides:
     return (
         batch.chosen_logps - batch.rejected_logps,
         batch.ref_chosen_logps - batch.ref_rejected_logps,
@@ -936,128 +877,65 @@ def _mean_nll(batch: PairBatch) -> Tensor:
     return nll_loss(batch.chosen_nll, batch.chosen_lengths)
 
 
+# fmt: off
 _ALL = (
     # Those that TRL's DPOTrainer knows.
-    PairLoss(
-        "sigmoid",
-        _scores,
-        lambda c, r, s: sigmoid_loss(c, r, beta=s.beta),
-        supports_divergence=True,
-    ),
-    PairLoss(
-        "hinge",
-        _scores,
-        lambda c, r, s: hinge_loss(c, r, beta=s.beta),
-        supports_divergence=True,
-    ),
-    PairLoss(
-        "ipo",
-        _mean_scores,
-        lambda c, r, s: ipo_loss(c, r, beta=s.beta),
-        supports_divergence=True,
-    ),
-    PairLoss(
-        "exo_pair",
-        _scores,
-        lambda c, r, s: exo_pair_loss(c, r, beta=s.beta, label_smoothing=s.label_smoothing),
-        supports_divergence=True,
-    ),
+    PairLoss("sigmoid", _scores, lambda c, r, s: sigmoid_loss(c, r, beta=s.beta),
+             supports_divergence=True),
+    PairLoss("hinge", _scores, lambda c, r, s: hinge_loss(c, r, beta=s.beta),
+             supports_divergence=True),
+    PairLoss("ipo", _mean_scores, lambda c, r, s: ipo_loss(c, r, beta=s.beta),
+             supports_divergence=True),
+    PairLoss("exo_pair", _scores, lambda c, r, s: exo_pair_loss(
+                 c, r, beta=s.beta, label_smoothing=s.label_smoothing),
+             supports_divergence=True),
     PairLoss("nca_pair", _scores, lambda c, r, s: nca_pair_loss(c, r, beta=s.beta)),
-    PairLoss(
-        "robust",
-        _scores,
-        lambda c, r, s: robust_loss(c, r, beta=s.beta, label_smoothing=s.label_smoothing),
-        supports_divergence=True,
-    ),
+    PairLoss("robust", _scores, lambda c, r, s: robust_loss(
+                 c, r, beta=s.beta, label_smoothing=s.label_smoothing),
+             supports_divergence=True),
     PairLoss("bco_pair", _scores, lambda c, r, s: bco_pair_loss(c, r, beta=s.beta)),
     PairLoss("sppo_hard", _scores, lambda c, r, s: sppo_hard_loss(c, r, beta=s.beta)),
-    PairLoss(
-        "aot",
-        _policy_and_reference_margins,
-        lambda c, r, s: aot_loss(c, r, beta=s.beta, label_smoothing=s.label_smoothing),
-        sorts_batch=True,
-    ),
-    PairLoss(
-        "aot_unpaired",
-        _scores,
-        lambda c, r, s: aot_unpaired_loss(c, r, beta=s.beta, label_smoothing=s.label_smoothing),
-        sorts_batch=True,
-    ),
+    PairLoss("aot", _margins_of_both_models, lambda c, r, s: aot_loss(
+                 c, r, beta=s.beta, label_smoothing=s.label_smoothing),
+             sorts_batch=True),
+    PairLoss("aot_unpaired", _scores, lambda c, r, s: aot_unpaired_loss(
+                 c, r, beta=s.beta, label_smoothing=s.label_smoothing),
+             sorts_batch=True),
     PairLoss("apo_zero", _scores, lambda c, r, s: apo_zero_loss(c, r, beta=s.beta)),
     PairLoss("apo_down", _scores, lambda c, r, s: apo_down_loss(c, r, beta=s.beta)),
-    PairLoss(
-        "discopop",
-        _scores,
-        lambda c, r, s: discopop_loss(c, r, beta=s.beta, tau=s.discopop_tau),
-        supports_divergence=True,
-    ),
-    PairLoss(
-        "sft",
-        None,
-        imitation=lambda b: sft_loss(b.chosen_nll, b.mean_chosen_length),
-        needs_reference=False,
-        supports_divergence=True,
-    ),
-    PairLoss(
-        "sigmoid_norm",
-        _mean_scores,
-        lambda c, r, s: sigmoid_norm_loss(c, r, beta=s.beta),
-        supports_divergence=True,
-    ),
+    PairLoss("discopop", _scores, lambda c, r, s: discopop_loss(
+                 c, r, beta=s.beta, tau=s.discopop_tau),
+             supports_divergence=True),
+    PairLoss("sft", None, imitation=lambda b: sft_loss(b.chosen_nll, b.mean_chosen_length),
+             needs_reference=False, supports_divergence=True),
+    PairLoss("sigmoid_norm", _mean_scores, lambda c, r, s: sigmoid_norm_loss(c, r, beta=s.beta),
+             supports_divergence=True),
     # Those it does not.
-    PairLoss(
-        "cdpo",
-        _scores,
-        lambda c, r, s: cdpo_loss(c, r, beta=s.beta, label_smoothing=s.label_smoothing),
-        supports_divergence=True,
-    ),
-    PairLoss(
-        "gdpo",
-        _scores,
-        lambda c, r, s: sigmoid_loss(c, r, beta=s.beta),
-        supports_divergence=True,
-        soft_labels="geometric",
-    ),
-    PairLoss(
-        "simpo",
-        _mean_logps,
-        lambda c, r, s: simpo_loss(c, r, beta=s.beta, gamma=s.simpo_gamma),
-        needs_reference=False,
-    ),
-    PairLoss(
-        "orpo",
-        _mean_logps,
-        lambda c, r, s: s.orpo_lambda * odds_ratio_loss(c, r),
-        imitation=_mean_nll,
-        needs_reference=False,
-    ),
-    PairLoss(
-        "dpop",
-        _scores,
-        lambda c, r, s: dpop_loss(c, r, beta=s.beta, dpop_lambda=s.dpop_lambda),
-    ),
-    PairLoss(
-        "rdpo",
-        _length_rewards,
-        lambda c, r, s: sigmoid_loss(c, r, beta=1.0),
-        supports_divergence=True,
-    ),
-    PairLoss(
-        "rao_kupper",
-        _scores,
-        lambda c, r, s: rao_kupper_loss(c, r, beta=s.beta, nu=s.rao_kupper_nu),
-        lambda c, r, s: rao_kupper_tie_loss(c, r, beta=s.beta, nu=s.rao_kupper_nu),
-        supports_divergence=True,
-    ),
-    PairLoss(
-        "davidson",
-        _scores,
-        lambda c, r, s: davidson_loss(c, r, beta=s.beta, nu=s.davidson_nu),
-        lambda c, r, s: davidson_tie_loss(c, r, beta=s.beta, nu=s.davidson_nu),
-        supports_divergence=True,
-    ),
+    PairLoss("cdpo", _scores, lambda c, r, s: cdpo_loss(
+                 c, r, beta=s.beta, label_smoothing=s.label_smoothing),
+             supports_divergence=True),
+    PairLoss("gdpo", _scores, lambda c, r, s: sigmoid_loss(c, r, beta=s.beta),
+             supports_divergence=True, soft_labels="geometric"),
+    PairLoss("simpo", _mean_logps, lambda c, r, s: simpo_loss(
+                 c, r, beta=s.beta, gamma=s.simpo_gamma),
+             needs_reference=False),
+    PairLoss("orpo", _mean_logps, lambda c, r, s: s.orpo_lambda * odds_ratio_loss(c, r),
+             imitation=_mean_nll, needs_reference=False),
+    PairLoss("dpop", _scores, lambda c, r, s: dpop_loss(
+                 c, r, beta=s.beta, dpop_lambda=s.dpop_lambda)),
+    PairLoss("rdpo", _rewards_with_length, lambda c, r, s: sigmoid_loss(c, r, beta=1.0),
+             supports_divergence=True),
+    PairLoss("rao_kupper", _scores,
+             lambda c, r, s: rao_kupper_loss(c, r, beta=s.beta, nu=s.rao_kupper_nu),
+             lambda c, r, s: rao_kupper_tie_loss(c, r, beta=s.beta, nu=s.rao_kupper_nu),
+             supports_divergence=True),
+    PairLoss("davidson", _scores,
+             lambda c, r, s: davidson_loss(c, r, beta=s.beta, nu=s.davidson_nu),
+             lambda c, r, s: davidson_tie_loss(c, r, beta=s.beta, nu=s.davidson_nu),
+             supports_divergence=True),
     PairLoss("nll", None, imitation=_mean_nll, needs_reference=False, supports_divergence=True),
 )
+# fmt: on
 
 PAIR_LOSSES: dict[str, PairLoss] = {loss.name: loss for loss in _ALL}
 """Every pairwise loss by name."""
