@@ -90,7 +90,7 @@ def judge_estimate(config: LabelConfig) -> None:
 
     for name, cost in estimate_labels(config):
         if cost is None:
-            print(f"{name}: free")
+            print(f"{name}: no charge that is known of")
             continue
         print(f"{name}: {cost}")
         if cost.calls:
@@ -140,11 +140,12 @@ def judge_report(out: str) -> None:
 
 
 def judge_calibrate(
-    data: list[str],
+    data: str | list[str],
     out: str,
     judge: str = "rules:house_style",
     rubric: str = "house_style",
     max_usd: float | None = None,
+    prices: str | None = None,
     max_rows: int | None = None,
     method: Literal["auto", "isotonic", "platt"] = "auto",
     seed: int = 0,
@@ -155,12 +156,14 @@ def judge_calibrate(
     --judge anthropic:claude-sonnet-5-5 --max_usd 2
 
     Args:
-        data: one or more files of pairs with a human label: instruction (or prompt), response_a,
-            response_b and label (A, B or tie), or prompt, chosen and rejected.
+        data: a file, or several as "[one.jsonl, two.jsonl]", of pairs with a human label:
+            instruction (or prompt), response_a, response_b and label (A, B or tie), or prompt, chosen
+            and rejected.
         out: folder for the report, calibration.json and the ledger.
         judge: as in `prefopt judge label`.
         rubric: what better means: "house_style", "helpful", or a text file.
         max_usd: the most a paid judge may cost, in US dollars.
+        prices: JSON file with prices by model, as in `prefopt judge label`.
         max_rows: use a random sample of this many rows of each file, drawn by subset.
         method: how probabilities are fitted; "auto" takes the better in cross-validation.
         seed: of the sample and the resampling.
@@ -172,7 +175,7 @@ def judge_calibrate(
 
     report = calibrate_judge(
         data,
-        load_judge(judge, rubric=rubric, max_usd=max_usd),
+        load_judge(judge, rubric=rubric, max_usd=max_usd, prices=prices),
         ledger=Path(out) / "judgements.sqlite",
         out=Path(out),
         max_rows=max_rows,
@@ -274,6 +277,7 @@ def evaluate(
     judge: str = "rules:house_style",
     rubric: str = "house_style",
     max_usd: float | None = None,
+    prices: str | None = None,
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
     seed: int = 1,
     device: Device = "auto",
@@ -289,16 +293,23 @@ def evaluate(
         adapter: the tuned adapter. Not needed with two answer files.
         tuned_answers: JSONL of answers by the tuned side, instead of sampling them.
         base_answers: JSONL of answers by the base side, instead of sampling them.
-        judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
+        judge: "rules:house_style", "anthropic:<model>", "openai:<model>@<base_url>",
+            "local:<model>", "scripted:shortest".
         rubric: what better means: "house_style", "helpful", or a text file.
         max_usd: the most a paid judge may cost here, however often it is continued, in US dollars.
+        prices: JSON file with prices by model, as in `prefopt judge label`.
         sampling: how the answers are sampled.
         seed: of the sampling.
         device: "auto" takes a GPU where there is one.
     """
     from prefopt.evaluation.evaluate import evaluate_answers, evaluate_model
 
-    options: dict[str, Any] = {"judge": judge, "rubric": rubric, "max_usd": max_usd}
+    options: dict[str, Any] = {
+        "judge": judge,
+        "rubric": rubric,
+        "max_usd": max_usd,
+        "prices": prices,
+    }
     if tuned_answers is not None or base_answers is not None:
         report = evaluate_answers(tuned_answers, base_answers, out, **options)
     else:
@@ -398,7 +409,13 @@ def build_parser() -> Any:
     commands.add_subcommand("judge", judge, help="Labels by a judge: prefopt judge --help")
     steps = judge.add_subcommands(required=True, dest="step")
     for name, function in _JUDGE_STEPS.items():
-        sub = _command(function, f"judge {name} --out FOLDER")
+        needed = {
+            "estimate": "--candidates FILE --out FOLDER",
+            "label": "--candidates FILE --out FOLDER",
+            "calibrate": "--data FILE --out FOLDER",
+            "export": "--out FOLDER --preferences FILE",
+        }
+        sub = _command(function, f"judge {name} {needed.get(name, '--out FOLDER')}")
         if function in (judge_estimate, judge_label):
             sub.add_class_arguments(LabelConfig, as_group=False)
         else:

@@ -29,10 +29,13 @@ class FlowConfig:
         prompts: "everyday" (built in), a file (.jsonl, .json, .parquet, .txt) or a Hub dataset.
         held_out: prompts kept away from training for the report: a number (60) or a share (0.3).
         model: the base model: "demo", a folder, or a Hub id.
-        judge: "rules:house_style", "anthropic:<model>", "local:<model>", "scripted:shortest".
+        judge: "rules:house_style", "anthropic:<model>", "openai:<model>@<base_url>",
+            "local:<model>", "scripted:shortest".
         rubric: what better means: "house_style", "helpful", or a text file.
         max_usd: the most a paid judge may spend in this run, however often it is continued; required
             for one.
+        prices: JSON file with prices by model, for paid models whose prices are not built in or have
+            changed: {"<model>": {"input_usd_per_mtok": ..., ...}}.
         transport: for Anthropic: "sync" (minutes), "batch" (half the price, within a day), or "auto"
             (batches from 500 calls on).
         k: answers sampled a prompt, at least 2.
@@ -52,6 +55,7 @@ class FlowConfig:
     judge: str = "rules:house_style"
     rubric: str = "house_style"
     max_usd: float | None = None
+    prices: str | None = None
     transport: Literal["auto", "sync", "batch"] = "auto"
     k: int = 4
     pairs_per_prompt: int | None = 1
@@ -117,7 +121,11 @@ def run_flow(
 
     ledger = Path(config.out) / "judgements.sqlite"
     judge = load_judge(
-        config.judge, rubric=config.rubric, max_usd=config.max_usd, transport=config.transport
+        config.judge,
+        rubric=config.rubric,
+        max_usd=config.max_usd,
+        transport=config.transport,
+        prices=config.prices,
     )
     prompts = load_prompts(config.prompts)
     share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
@@ -127,7 +135,8 @@ def run_flow(
 
     plain = msgspec.to_builtins(config)
     plain.pop("out")
-    for free in ("max_usd", "transport"):  # another limit or another way to ask continues the run
+    # Another limit, other prices or another way to ask continue the run.
+    for free in ("max_usd", "prices", "transport"):
         plain.pop(free)
     with Run(config.out, plain, on_change=on_change) as run:
         train = run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})

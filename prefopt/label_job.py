@@ -13,6 +13,7 @@ This module puts the judging functions in order; it decides nothing about verdic
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,13 +42,14 @@ class LabelConfig:
         candidates: JSONL file that `prefopt sample` wrote.
         out: the job's folder; the same folder continues the same job.
         judge: "rules:house_style", "anthropic:<model>", "local:<model>",
-            "openai:<model>@<base_url>",
-            "likelihood:<model>", "scripted:shortest", "scripted:longest".
+            "openai:<model>@<base_url>", "likelihood:<model>", "scripted:shortest", "scripted:longest".
         second_judge: another judge. With plan "adaptive" it sees only what the first leaves open (give
             the cheaper one first); otherwise both see everything.
         rubric: what better means: "house_style", "helpful", or a text file.
         max_usd: the most that all paid judges of this job may cost together, in US dollars, however
             often it is continued; required for one.
+        prices: JSON file with prices by model, for paid models whose prices are not built in or have
+            changed: {"<model>": {"input_usd_per_mtok": ..., ...}}.
         transport: for Anthropic: "sync" (minutes), "batch" (half the price, within a day), or "auto"
             (batches from 500 calls on).
         plan: "both_orders" asks about every pair twice; "one_order" once; "adaptive" asks what is
@@ -66,6 +68,7 @@ class LabelConfig:
     second_judge: str | None = None
     rubric: str = "house_style"
     max_usd: float | None = None
+    prices: str | None = None
     transport: Literal["auto", "sync", "batch"] = "auto"
     plan: Plan = "both_orders"
     pairs: Literal["all", "chain"] = "all"
@@ -117,7 +120,7 @@ def estimate_labels(config: LabelConfig) -> list[tuple[str, CostEstimate | None]
     comparisons += [c.comparison for c in _canaries(config, comparisons)]
     orders: Literal["both", "one"] = "one" if config.plan == "one_order" else "both"
     # No limit is needed to say what something would cost.
-    unlimited = replace(config, max_usd=config.max_usd or 1.0)
+    unlimited = replace(config, max_usd=config.max_usd or math.inf)
     return [
         (
             judge.name,
@@ -152,7 +155,7 @@ def label_candidates(config: LabelConfig, *, progress: bool = True) -> Labels:
     judged = _judge(config, candidates, comparisons, judges, progress)
     write_records(folder / "judged.jsonl", judged)
     found = _export(config, judged, folder / "preferences.jsonl")
-    report = _report(config, judged, found, judges[0], read_canaries(canaries, tested))
+    report = _report(config, judged, found, judges, read_canaries(canaries, tested))
     return Labels(preferences=found, report=report, folder=config.out)
 
 
@@ -179,11 +182,11 @@ def report_labels(out: str) -> LabelReport:
     config = read_job(out)
     judged = read_records(Path(out) / "judged.jsonl", JudgedComparison)
     found = _build(config, judged)
-    judge = _judges(replace(config, max_usd=config.max_usd or 1.0))[0]
+    judges = _judges(replace(config, max_usd=config.max_usd or math.inf))
     canaries = _canaries(config, _comparisons(config, _read_candidates(config)))
     with Ledger(_ledger(config)) as book:
-        tested = list(collect_judged([c.comparison for c in canaries], judge, book))
-    return _report(config, judged, found, judge, read_canaries(canaries, tested))
+        tested = list(collect_judged([c.comparison for c in canaries], judges[0], book))
+    return _report(config, judged, found, judges, read_canaries(canaries, tested))
 
 
 def export_labels(
@@ -244,7 +247,7 @@ def _claim_folder(config: LabelConfig) -> None:
     path = Path(config.out) / "job.json"
     if path.exists():
         # Raising the limit or moving the folder continues the job; anything else is another job.
-        free = {"max_usd": None, "out": "", "transport": "auto"}
+        free = {"max_usd": None, "prices": None, "out": "", "transport": "auto"}
         before, now = ({**asdict(c), **free} for c in (read_job(config.out), config))
         changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k]]
         if changed:
@@ -274,7 +277,13 @@ def _judges(config: LabelConfig) -> list[Judge]:
 
     specs = [config.judge, *([config.second_judge] if config.second_judge else [])]
     return [
-        load_judge(spec, rubric=config.rubric, max_usd=config.max_usd, transport=config.transport)
+        load_judge(
+            spec,
+            rubric=config.rubric,
+            max_usd=config.max_usd,
+            transport=config.transport,
+            prices=config.prices,
+        )
         for spec in specs
     ]
 
@@ -323,10 +332,12 @@ def _build(
 ) -> Preferences:
     fitted = None
     if calibration is not None:
-        from prefopt.judges.calibration import load_calibration
+        from prefopt.judges.calibration import UNINFORMATIVE, load_calibration
         from prefopt.judges.rubric import load_rubric
 
         fitted = load_calibration(calibration)
+        if not fitted.informative:
+            logger.warning("%s: %s", calibration, UNINFORMATIVE)
         for name in sorted({v.judge for j in judged for v in j.verdicts}):
             fitted.check(name, load_rubric(config.rubric).rubric_hash)
     return build_preferences(
@@ -366,7 +377,7 @@ def _report(
     config: LabelConfig,
     judged: Sequence[JudgedComparison],
     found: Preferences,
-    judge: Judge,
+    judges: Sequence[Judge],
     canaries: Any,
 ) -> LabelReport:
     from prefopt.judges.label_report import label_report, write_label_report
@@ -375,8 +386,8 @@ def _report(
     with Ledger(_ledger(config)) as book:
         report = label_report(
             judged,
-            judge=judge.name,
-            rubric=judge.rubric,
+            judge=" and ".join(judge.name for judge in judges),
+            rubric=judges[0].rubric,
             preferences=found,
             canaries=canaries,
             ledger=book,

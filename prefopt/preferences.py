@@ -204,7 +204,7 @@ def build_preferences(
         groups=tuple(groups),
         left_out=tuple(left_out),
         n_comparisons=len(judged),
-        n_flipped=sum(item.flipped for item in judged),
+        n_flipped=sum(item.flipped and not item.judges_disagree for item in judged),
         judges=dict(zip(inference.judges, inference.model.judges, strict=False)),
     )
 
@@ -327,7 +327,7 @@ def _why_left_out(
     if rule == "mean_grade":
         assert grade is not None, "a comparison without failures has a grade"
         if item.flipped:
-            return _left_out(item, "flipped")
+            return _left_out(item, "judges_disagree" if item.judges_disagree else "flipped")
         if grade == 0:
             return _left_out(item, "tie")
         if abs(grade) < min_margin:

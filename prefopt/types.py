@@ -39,6 +39,7 @@ VerdictFailure = Literal[
 LeftOutReason = Literal[
     "tie",
     "flipped",
+    "judges_disagree",
     "weak",
     "uncertain",
     "judge_failed",
@@ -267,9 +268,19 @@ class JudgedComparison(
 
     @property
     def flipped(self) -> bool:
-        """Whether the two orders name opposite winners: position, not quality, decided."""
+        """Whether two verdicts name opposite winners.
+
+        Those of one judge do where the position decided, not the quality; see `judges_disagree`.
+        """
         names = {v.preferred for v in self.verdicts}
         return names >= {"a", "b"}
+
+    @property
+    def judges_disagree(self) -> bool:
+        """Whether verdicts name opposite winners though every judge agrees with itself."""
+        named = {(v.judge, v.preferred) for v in self.verdicts}
+        itself = any({(judge, "a"), (judge, "b")} <= named for judge, _ in named)
+        return self.flipped and not itself
 
 
 class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

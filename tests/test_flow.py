@@ -253,7 +253,7 @@ def test_the_same_flow_with_claude_as_judge_pays_once(
     fake = FakeAnthropic(answer)
     original = prefopt.judges.load_judge
 
-    def with_fake(spec, *, rubric, max_usd, transport):
+    def with_fake(spec, *, rubric, max_usd, transport, prices):
         monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret-key")
         real = original(spec, rubric=rubric, max_usd=max_usd)
         client = fake.client(api_key="sk-secret-key")

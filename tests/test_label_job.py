@@ -1,8 +1,10 @@
 """A labelling job in its folder: estimate, label, resume, report, export, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from prefopt.cli import main
@@ -16,6 +18,7 @@ from prefopt.label_job import (
     estimate_labels,
     export_labels,
     label_candidates,
+    read_job,
     report_labels,
     resume_labels,
 )
@@ -91,7 +94,7 @@ def test_export_makes_labels_anew_with_other_thresholds(config, tmp_path):
     assert len(read_records(out + ".left_out.jsonl", LeftOut)) == len(found.left_out)
 
 
-def test_a_calibration_is_used_and_refused_for_another_judge(config, tmp_path):
+def test_a_calibration_is_used_and_refused_for_another_judge(config, tmp_path, caplog):
     label_candidates(config, progress=False)
     fields = dict(
         rubric_hash=HOUSE_STYLE.rubric_hash, method="platt", slope=1.0, n_labels=50,
@@ -103,6 +106,10 @@ def test_a_calibration_is_used_and_refused_for_another_judge(config, tmp_path):
     pairs = [p for g in found.groups for p in g.preferences]
     assert {p.p_source for p in pairs} == {"calibrated"}
     assert {round(p.p_chosen, 4) for p in pairs} == {0.7311}
+    assert "no better than one half" not in caplog.text
+    save_calibration(Calibration(judge="scripted:shortest", **fields | {"log_loss": 0.7}), path)
+    export_labels(config.out, out, calibration=path)
+    assert "no better than one half" in caplog.text
     save_calibration(Calibration(judge="other", **fields), path)
     with pytest.raises(DataError, match="fitted for other"):
         export_labels(config.out, out, calibration=path)
@@ -128,6 +135,19 @@ def test_two_judges_are_both_asked(candidates, tmp_path):
     labels = label_candidates(config, progress=False)
     assert labels.report.n_verdicts == 36 * 4
     assert labels.preferences.n_preferences == 0  # they contradict each other everywhere
+    # Neither changes its mind with the order, so none of it is a flip.
+    assert labels.report.outcomes == {"labelled": 0, "judges_disagree": 36}
+    assert labels.preferences.n_flipped == 0
+    assert "by scripted:shortest and scripted:longest" in labels.report.to_html()
+
+
+def test_the_report_says_what_inferred_probabilities_cannot_show(config, tmp_path):
+    labels = label_candidates(config, progress=False)
+    for shown in (labels.report.to_text(), labels.report.to_html()):
+        assert "Errors that a judge repeats do not show" in shown
+    fitted = msgspec.structs.replace(labels.report, p_sources={"calibrated": 36})
+    for shown in (fitted.to_text(), fitted.to_html()):
+        assert "Errors that a judge repeats do not show" not in shown
 
 
 def test_an_estimate_asks_nothing_and_needs_no_limit(candidates, tmp_path, monkeypatch):
@@ -169,7 +189,8 @@ def test_the_commands_say_what_is_wrong_in_one_line(tmp_path, capsys):
         assert "Traceback" not in error
 
 
-def test_calibrate_on_the_command_line(tmp_path, capsys):
+@pytest.mark.parametrize("form", ["{}", "[{}]", "[{0}, {0}]"])
+def test_calibrate_on_the_command_line(tmp_path, capsys, form):
     rows = [
         {"prompt": f"q {i}", "response_a": "short", "response_b": "rather longer", "label": "A"}
         for i in range(30)
@@ -177,8 +198,87 @@ def test_calibrate_on_the_command_line(tmp_path, capsys):
     data = tmp_path / "labelled.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "c"
-    assert main(["judge", "calibrate", "--data", f"[{data}]", "--out", str(out),
+    assert main(["judge", "calibrate", "--data", form.format(data), "--out", str(out),
                  "--judge", "scripted:shortest"]) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert "labelled: 30 pairs" in printed
     assert (out / "calibration.json").exists()
+
+
+LOCAL_SERVER = "openai:qwen3@http://localhost:8000/v1"
+PRICES = {
+    "gpt-x": dict(
+        input_usd_per_mtok=2,
+        output_usd_per_mtok=8,
+        cache_read_usd_per_mtok=0.5,
+        cache_write_usd_per_mtok=2,
+    )
+}
+
+
+def test_a_server_of_ones_own_is_estimated_as_free_and_goes_with_a_paid_second_judge(
+    candidates, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "not-a-real-key")
+    alone = LabelConfig(candidates=candidates, out=str(tmp_path / "e"), judge=LOCAL_SERVER)
+    assert estimate_labels(alone) == [("openai:qwen3", None)]
+    cascade = LabelConfig(
+        candidates=candidates,
+        out=str(tmp_path / "e"),
+        judge=LOCAL_SERVER,
+        second_judge="anthropic:claude-sonnet-5-5",
+        max_usd=3.0,
+    )
+    free, paid = estimate_labels(cascade)
+    assert free == ("openai:qwen3", None)
+    assert paid[1].low_usd > 0
+
+
+def test_a_file_of_prices_makes_a_paid_server_possible_from_the_command(
+    candidates, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "not-a-real-key")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    path = tmp_path / "prices.json"
+    path.write_text(json.dumps(PRICES))
+    words = ["judge", "estimate", "--candidates", candidates, "--out", str(tmp_path / "e")]
+    words += ["--judge", "openai:gpt-x"]
+    assert main(words) == 1
+    assert "--prices" in capsys.readouterr().err
+    assert main([*words, "--prices", str(path)]) == 0
+    assert "openai:gpt-x: 96 calls" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="needs max_usd"):
+        label_candidates(
+            LabelConfig(
+                candidates=candidates, out=words[5], judge="openai:gpt-x", prices=str(path)
+            ),
+            progress=False,
+        )
+
+
+def test_other_prices_continue_the_same_job(config, tmp_path):
+    label_candidates(config, progress=False)
+    path = tmp_path / "prices.json"
+    path.write_text(json.dumps(PRICES))
+    label_candidates(replace(config, prices=str(path)), progress=False)
+    assert read_job(config.out).prices == str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read.*No such file"),
+        (b"", "no file of prices.*Expected a JSON object.*output_usd_per_mtok"),
+        (b"[]", "no file of prices: Expected `object`, got `array`"),
+        (b'{"m": {"input_usd_per_mtok": 1}}', "missing required field"),
+        (b'{"m": {"input": 1}}', "unknown field `input`"),
+        (json.dumps({"m": PRICES["gpt-x"] | {"input_usd_per_mtok": -1}}).encode(), "0 or more"),
+        (b"\xff", "no file of prices"),
+    ],
+)
+def test_a_file_of_prices_that_cannot_be_used_is_refused(config, tmp_path, content, problem):
+    path = tmp_path / "prices.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        estimate_labels(replace(config, prices=str(path)))

@@ -91,6 +91,7 @@ def evaluate_model(
     judge: str | Judge = "rules:house_style",
     rubric: str | Rubric = "house_style",
     max_usd: float | None = None,
+    prices: str | Path | None = None,
     sampling: SamplingSettings | None = None,
     seed: int = 1,
     device: Device = "auto",
@@ -106,6 +107,7 @@ def evaluate_model(
         judge: a judge, or its text form.
         rubric: what better means, when `judge` is a text.
         max_usd: the most a paid judge may spend, when `judge` is a text.
+        prices: a file of prices for models that have none built in, when `judge` is a text.
         sampling: how answers are sampled, the same for both sides.
         seed: of the sampling.
         device: where the model runs.
@@ -123,7 +125,7 @@ def evaluate_model(
             "evaluating a model needs the tuned adapter: pass --adapter FOLDER, or compare two "
             "answer files with --tuned_answers and --base_answers."
         )
-    asked = load_judge(judge, rubric=rubric, max_usd=max_usd) if isinstance(judge, str) else judge
+    asked = _asked(judge, rubric, max_usd, prices)
     questions = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
     out = Path(out)
     tuned = load_model(model, adapter=adapter, device=device)
@@ -147,6 +149,7 @@ def evaluate_answers(
     judge: str | Judge = "rules:house_style",
     rubric: str | Rubric = "house_style",
     max_usd: float | None = None,
+    prices: str | Path | None = None,
     progress: bool = True,
 ) -> EvalReport:
     """Judge two sets of answers to the same prompts and write a report. No model is loaded.
@@ -159,12 +162,20 @@ def evaluate_answers(
 
     if tuned_answers is None or base_answers is None:
         raise ValueError("comparing answers needs both sides: tuned_answers and base_answers.")
-    asked = load_judge(judge, rubric=rubric, max_usd=max_usd) if isinstance(judge, str) else judge
+    asked = _asked(judge, rubric, max_usd, prices)
     tuned, base = (
         read_records(side, Candidate) if isinstance(side, str | Path) else list(side)
         for side in (tuned_answers, base_answers)
     )
     return _judge_and_report(tuned, base, Path(out), asked, progress)
+
+
+def _asked(
+    judge: str | Judge, rubric: str | Rubric, max_usd: float | None, prices: str | Path | None
+) -> Judge:
+    if isinstance(judge, Judge):
+        return judge
+    return load_judge(judge, rubric=rubric, max_usd=max_usd, prices=prices)
 
 
 def _answers(

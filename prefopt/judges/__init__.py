@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Literal
 
 from prefopt.judges.asking import judge_comparisons, judge_stream
 from prefopt.judges.base import CostEstimate, Judge
+from prefopt.judges.prices import load_prices
 from prefopt.judges.rubric import HELPFUL, HOUSE_STYLE, Rubric, load_rubric
 from prefopt.judges.rules import RuleJudge
 from prefopt.judges.scripted import ScriptedJudge, longest_wins, shortest_wins
@@ -33,6 +36,7 @@ def load_judge(
     rubric: str | Rubric = "house_style",
     max_usd: float | None = None,
     transport: Literal["auto", "sync", "batch"] = "auto",
+    prices: str | Path | None = None,
 ) -> Judge:
     """Make a judge from a text such as "anthropic:claude-sonnet-5-5".
 
@@ -41,32 +45,45 @@ def load_judge(
             "rules:house_style"    the checkable part of the house style, no model, free;
             "anthropic:<model>"    Claude through the Anthropic API; needs a key and `max_usd`;
             "openai:<model>@<base_url>"    a server that speaks OpenAI's protocol (vLLM, llama.cpp,
-                Ollama); one that costs money needs its prices, which only Python can give it;
+                Ollama); one that costs money needs `prices` and `max_usd`;
             "local:<model>"        a transformers model (Hub id, folder or "demo") that is asked;
             "likelihood:<model>"   the same, comparing how likely it finds each answer;
             "scripted:shortest" or "scripted:longest"    length only, as a baseline.
         rubric: a built-in name, a text file, or a `Rubric`. Rules and baselines do not read it.
-        max_usd: the most all questions of a ledger may cost together, in US dollars.
+        max_usd: the most all questions of a ledger may cost together, in US dollars; `math.inf` for a
+            judge that is only to estimate. Judges that cost nothing do not read it.
         transport: for Anthropic: one by one, in message batches, or batches from 500 calls on.
+        prices: a file of prices by model (`prefopt.judges.prices.load_prices`), before the built-in
+            ones.
 
     Raises:
-        ValueError: an unknown kind, or a paid judge without `max_usd`.
+        ValueError: an unknown kind, or a paid judge without `max_usd` or without prices.
         JudgeUnavailable: no key.
-        DataError: the rubric file cannot be used.
+        DataError: the rubric file or the file of prices cannot be used.
     """
     kind, _, argument = spec.partition(":")
     text = rubric if isinstance(rubric, Rubric) else load_rubric(rubric)
+    own_prices = {} if prices is None else load_prices(prices)
     if kind == "anthropic" and argument:
         from prefopt.judges.anthropic import AnthropicJudge
 
-        return AnthropicJudge(argument, rubric=text, max_usd=max_usd, transport=transport)
+        return AnthropicJudge(
+            argument,
+            rubric=text,
+            max_usd=max_usd,
+            transport=transport,
+            prices=own_prices.get(argument),
+        )
     if kind == "openai" and argument:
-        from prefopt.judges.openai import OpenAIJudge
+        from prefopt.judges.openai import OpenAIJudge, is_local
 
         # A model's name may hold an "@" of its own.
         model, at, rest = argument.rpartition("@http")
         model, base_url = (model, "http" + rest) if at else (argument, None)
-        return OpenAIJudge(model, rubric=text, base_url=base_url, max_usd=max_usd)
+        price = own_prices.get(model)
+        if price is None and (max_usd == math.inf or is_local(base_url)):
+            max_usd = None  # nothing to limit: the limit is for the job's other judge
+        return OpenAIJudge(model, rubric=text, base_url=base_url, max_usd=max_usd, prices=price)
     if kind == "local" and argument:
         from prefopt.judges.local import LocalJudge
 

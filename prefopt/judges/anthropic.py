@@ -114,7 +114,8 @@ class AnthropicJudge(ApiJudge):
         if price is None:
             problems.append(
                 f"there is no price for model {model!r}, so max_usd could not be kept. Pass "
-                "prices=ModelPrice(...) in dollars per million tokens, or use one of "
+                "prices=ModelPrice(...) in dollars per million tokens (in a command --prices, a "
+                "file), or use one of "
                 f"{', '.join(PRICES)} (prices of {PRICES_AS_OF})."
             )
         super().__init__(

@@ -75,10 +75,10 @@ def status_trouble(
     return Unanswered(f"The API rejected the request ({said}).", passing=False)
 
 
-def connection_trouble(error: Exception) -> Unanswered:
+def connection_trouble(error: Exception, address: str = "the API") -> Unanswered:
     """What an SDK's error of the connection means, with httpx2's own as its cause.
 
-    It surely cost nothing only where no connection came about.
+    It surely cost nothing only where no connection came about. `address` is what did not answer.
     """
     import httpx2
 
@@ -86,7 +86,7 @@ def connection_trouble(error: Exception) -> Unanswered:
     unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
     # Only the type: the text of a transport error may quote request headers.
     return Unanswered(
-        f"No answer from the API ({type(cause or error).__name__}).",
+        f"No answer from {address} ({type(cause or error).__name__}).",
         billed=False if isinstance(cause, unsent) else None,
     )
 

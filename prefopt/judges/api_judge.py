@@ -18,6 +18,7 @@ import math
 import queue
 import secrets
 import threading
+import time
 from collections.abc import (
     Awaitable,
     Callable,
@@ -312,6 +313,7 @@ class Asking:
     _FIRST_REJECTIONS = 3
     _OUTAGE = 10
     _TURN_S = 0.5
+    _TELL_EVERY_S = 5.0
 
     def __init__(
         self,
@@ -336,7 +338,7 @@ class Asking:
         self.halted = asyncio.Event()
         self.changed = asyncio.Event()
         self.limit = AdaptiveLimit(judge.concurrency, sleep=judge.sleep)
-        self._retrying: Any = None
+        self._told_of_wait = -math.inf
 
     async def finish(self) -> int:
         """Ask until all is answered or asking must stop; then raise the reason."""
@@ -496,11 +498,27 @@ class Asking:
             wait=wait_s,
             stop=tenacity.stop_after_attempt(self.judge.max_attempts),
             sleep=self._nap,
-            before_sleep=tenacity.before_sleep_log(logger, logging.INFO),
+            before_sleep=self._tell_of_wait,
             reraise=True,
         )
         reply: Reply = await retrying(again)
         return reply
+
+    def _tell_of_wait(self, state: Any) -> None:
+        """Say why nothing moves, but not once for each of many requests that wait together."""
+        now = time.monotonic()
+        level = logging.DEBUG
+        if now >= self._told_of_wait + self._TELL_EVERY_S:
+            self._told_of_wait, level = now, logging.INFO
+        logger.log(
+            level,
+            "%s: try %d of %d in %.0f s. %s",
+            self.judge.name,
+            state.attempt_number + 1,
+            self.judge.max_attempts,
+            state.next_action.sleep,
+            state.outcome.exception(),
+        )
 
     async def _try(
         self, key: str, request: Request, bills: list[Usage], epoch: int, *, reserved: bool

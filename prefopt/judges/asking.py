@@ -139,6 +139,8 @@ def ask_missing(
                         show=progress,
                     )
                 )
+            if total is not None:
+                bar.total = total - there.identical
             spent_usd += verdict.usage.cost_usd
             if spent_usd:
                 bar.set_postfix_str(f"${spent_usd:.4f}", refresh=False)
@@ -149,12 +151,16 @@ def ask_missing(
             logger.info("waiting for verdicts that another process is asking for")
             time.sleep(_TURN_S)
             book.bury_the_dead()
+        if bar is not None and total is not None:
+            bar.total = bar.n  # what was asked twice or by another process is done as well
+            bar.refresh()
 
 
 class _Count:
-    """How many calls a pass found to be answered already."""
+    """What a pass found that needs no asking: calls answered already, and identical answers."""
 
     known = 0
+    identical = 0
 
 
 class _Shown:
@@ -175,9 +181,12 @@ def _missing(
 ) -> Iterator[Asked]:
     """What has no answer yet and was not asked in vain by this process, read lazily."""
     count = count or _Count()
+    count.identical = 0
     rest = iter(shown)
     while portion := list(itertools.islice(rest, _LOOK_AHEAD)):
-        asked = {verdict_key(fingerprint, c): c for c in portion if c.a.text != c.b.text}
+        different = [c for c in portion if c.a.text != c.b.text]
+        count.identical += len(portion) - len(different)
+        asked = {verdict_key(fingerprint, c): c for c in different}
         known = book.answered(asked)
         known |= book.failed_here(key for key in asked if key not in known)
         count.known += len(known)

@@ -20,7 +20,12 @@ from prefopt.errors import DataError
 from prefopt.judges.agreement import Agreement, Interval, measure_agreement
 from prefopt.judges.asking import judge_comparisons
 from prefopt.judges.base import Judge
-from prefopt.judges.calibration import Calibration, fit_calibration, save_calibration
+from prefopt.judges.calibration import (
+    UNINFORMATIVE,
+    Calibration,
+    fit_calibration,
+    save_calibration,
+)
 from prefopt.types import JudgedComparison, Winner, content_hash
 
 
@@ -240,6 +245,7 @@ def _text(report: CalibrationReport) -> str:
             f"Fitted to {fit.n_labels} labels ({fit.method}); cross-validated: log loss "
             f"{fit.log_loss:.3f} (a coin {fit.log_loss_uninformed:.3f}), Brier {fit.brier:.3f}, "
             f"calibration error {fit.ece:.3f}",
+            *([] if fit.informative else [f"  ! {UNINFORMATIVE}"]),
             f"  {'|mean grade|':<14} {'pairs':>6} {'people agree':>13} {'fitted p':>9}",
         ]
         lines += [f"  {b.grade:<14} {b.n:>6} {b.wins:>13.3f} {b.fitted:>9.3f}" for b in report.bins]

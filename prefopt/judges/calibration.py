@@ -27,6 +27,12 @@ _LOWEST, _HIGHEST = 0.01, 0.99
 """No number of labels here makes a judge surer than this."""
 
 
+UNINFORMATIVE = (
+    "On labels they were not fitted to, these probabilities are no better than one half throughout: "
+    "the judge says nothing about these pairs that people would confirm."
+)
+
+
 class Calibration(
     msgspec.Struct,
     frozen=True,
@@ -53,6 +59,11 @@ class Calibration(
     log_loss: float
     log_loss_uninformed: float
     """Of a judge that always says one half: ln 2."""
+
+    @property
+    def informative(self) -> bool:
+        """Whether it foretold the labels it was not fitted to better than one half throughout."""
+        return self.log_loss < self.log_loss_uninformed
 
     def p_a(self, grade: float) -> float:
         """P(people prefer a) for a mean grade."""

@@ -15,6 +15,7 @@ def calibration_page(report: CalibrationReport) -> str:
     import jinja2
 
     from prefopt.judges.calibrate import FIGURES
+    from prefopt.judges.calibration import UNINFORMATIVE
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -30,6 +31,7 @@ def calibration_page(report: CalibrationReport) -> str:
             (found, [(words, getattr(found, field)) for field, words in FIGURES.items()])
             for found in shown
         ],
+        uninformative=UNINFORMATIVE,
         diagram=reliability_diagram(report) if report.calibration else "",
     )
 
@@ -47,11 +49,13 @@ def reliability_diagram(report: CalibrationReport) -> str:
     axes.plot([0.5, 1], [0.5, 1], color="#888888", linewidth=1, linestyle="--")
     points = [b for b in report.bins if b.grade > 0]
     most = max((b.n for b in points), default=1)
-    for b in points:
+    for i, b in enumerate(points):
+        # To the left and to the right in turn, since points may lie close together.
+        offset = (10, -14) if i % 2 else (-40, 10)
         error = (b.wins * (1 - b.wins) / b.n) ** 0.5
         axes.plot([b.fitted] * 2, [b.wins - error, b.wins + error], color="#0072b2", linewidth=1.5)
         axes.scatter([b.fitted], [b.wins], s=25 + 150 * b.n / most, color="#0072b2", zorder=3)
-        axes.annotate(f"|g| = {b.grade:g}", (b.fitted, b.wins), (8, -12),
+        axes.annotate(f"|g| = {b.grade:g}", (b.fitted, b.wins), offset,
                       textcoords="offset points", fontsize=9, color="#808080")  # fmt: skip
     axes.set_xlabel("fitted probability that the label is right")
     axes.set_ylabel("how often people agree")

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefopt.judges.label_report import P_CHOSEN_NOTE
+
 if TYPE_CHECKING:
     from prefopt.judges.label_report import LabelReport
 
@@ -52,6 +54,7 @@ def label_page(report: LabelReport) -> str:
             ("Longer answer wins", report.longer_wins, 0.5),
         ],
         canary_words=CANARY_WORDS,
+        p_chosen_note=P_CHOSEN_NOTE,
     )
 
 

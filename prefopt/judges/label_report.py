@@ -63,6 +63,11 @@ class CategoryRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     n_failed: int
 
 
+P_CHOSEN_NOTE = (
+    "By the verdicts alone. Errors that a judge repeats do not show: `prefopt judge calibrate`."
+)
+
+
 class LedgerCounts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a ledger holds, all jobs that share it together. Dollars are US dollars."""
 
@@ -149,7 +154,7 @@ def label_report(
 
     Args:
         judged: the comparisons with their verdicts; read once.
-        judge: the first judge's name, for the heading.
+        judge: the name of the judge or judges, for the heading.
         rubric: what it was asked to apply.
         preferences: what `build_preferences` made of `judged`.
         canaries: how the judge did on answers made to fool it.
@@ -437,6 +442,8 @@ def _text(report: LabelReport) -> str:
         for i, n in enumerate(report.p_chosen):
             low = 0.5 + i * 0.5 / _P_BINS
             lines.append(f"  {low:.2f} to {low + 0.05:.2f} {n:>8,} {'#' * round(40 * n / most)}")
+        if set(report.p_sources) - {"calibrated"}:
+            lines.append(f"  {P_CHOSEN_NOTE}")
     if report.categories:
         lines += ["", f"  {'category':<20} {'pairs':>7} {'flipped':>8} {'ties':>6} {'failed':>7}"]
         lines += [

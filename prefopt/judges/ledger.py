@@ -64,9 +64,9 @@ INSERT OR IGNORE INTO money VALUES (1, 0, 0, 0);
 """
 _VERSION = 2
 
-Claimed = Literal["claimed", "answered", "taken", "no_money"]
-"""What came of asking for a key: it is ours to ask, it has its answer, another process has it under
-way, or its worst case does not fit the limit."""
+Claimed = Literal["claimed", "ours", "answered", "taken", "no_money"]
+"""What came of asking for a key: it is ours to ask, it is ours and under way already, it has its
+answer, another process has it under way, or its worst case does not fit the limit."""
 
 BatchState = Literal["intended", "submitted", "collected", "abandoned"]
 
@@ -295,16 +295,17 @@ class Ledger:
         batch: str | None,
     ) -> Claimed:
         key = question.key
-        answered, taken, spent, unknown, reserved = self._db.execute(
+        # One by one, what a batch of ours holds is not under way: its results may be long in coming.
+        answered, ours, spent, unknown, reserved = self._db.execute(
             "SELECT EXISTS (SELECT 1 FROM verdicts WHERE key = ?1 AND failure IS NULL), "
-            "EXISTS (SELECT 1 FROM claims WHERE key = ?1), spent_usd, unknown_usd, reserved_usd "
-            "FROM money",
-            (key,),
+            "(SELECT owner = ?2 AND (batch IS NULL OR ?3) FROM claims WHERE key = ?1), "
+            "spent_usd, unknown_usd, reserved_usd FROM money",
+            (key, self.owner, batch is not None),
         ).fetchone()
         if answered:
             return "answered"
-        if taken:
-            return "taken"
+        if ours is not None:
+            return "ours" if ours else "taken"
         money = Money(spent, unknown, reserved)
         if worst_usd and max_usd is not None and not _fits(money, worst_usd, max_usd):
             return "no_money"

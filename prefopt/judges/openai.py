@@ -206,7 +206,7 @@ class OpenAIJudge(ApiJudge):
         self._own_server = own_server
         self._given_key = api_key
         self._client = client
-        if prices is None and not _is_local(self._host):
+        if prices is None and not _is_local_host(self._host):
             logger.warning(
                 "%s: no prices for %s, so only costs that it reports are counted, and nothing "
                 "limits them.",
@@ -464,7 +464,7 @@ class OpenAIJudge(ApiJudge):
             body = _ErrorBody.read(error.body, error.message)
             return self._status_trouble(error.status_code, body, error.response.headers)
         if isinstance(error, openai.APIConnectionError):
-            return connection_trouble(error)
+            return connection_trouble(error, self.base_url)
         if isinstance(error, openai.OpenAIError):
             message = self.hide_secrets(f"{type(error).__name__}: {error}")
             return Unanswered(message, passing=False, billed=None)
@@ -586,7 +586,7 @@ def _price_problems(
         also = "" if max_usd is not None else " and max_usd, the most it may spend in US dollars"
         return [
             f"there is no price for model {model!r}, and {why}. Pass prices=ModelPrice(...) in "
-            f"dollars per million tokens{also}."
+            f"dollars per million tokens (in a command --prices, a file){also}."
         ]
     return []
 
@@ -595,7 +595,13 @@ def _is_under(host: str, parents: Iterable[str]) -> bool:
     return any(host == parent or host.endswith(f".{parent}") for parent in parents)
 
 
-def _is_local(host: str) -> bool:
+def is_local(base_url: str | None) -> bool:
+    """Whether a judge of this address asks a machine of one's own or of one's network."""
+    address = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    return _is_local_host(urllib.parse.urlsplit(address).hostname or "")
+
+
+def _is_local_host(host: str) -> bool:
     try:
         return not ipaddress.ip_address(host).is_global
     except ValueError:

@@ -7,9 +7,12 @@ price would be no limit.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from prefopt.errors import DataError
 
 
 class ModelPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,3 +86,24 @@ PRICES = {
     "claude-sonnet-4-6": _price(3, 15, 0.10),
 }
 """List prices per model, for requests that are not batched."""
+
+
+def load_prices(path: str | Path) -> dict[str, ModelPrice]:
+    """Prices of a user's own, from a JSON file with the fields of `ModelPrice` for each model.
+
+    Example: {"my-model": {"input_usd_per_mtok": 2, "output_usd_per_mtok": 8,
+    "cache_read_usd_per_mtok": 0.5, "cache_write_usd_per_mtok": 2}}
+
+    Raises:
+        DataError: the file is not there or holds something else.
+    """
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=dict[str, ModelPrice])
+    except OSError as error:
+        raise DataError(f"the file of prices cannot be read: {error}.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        fields = ", ".join(f.name for f in msgspec.structs.fields(ModelPrice) if f.required)
+        raise DataError(
+            f"{path} is no file of prices: {error}. Expected a JSON object that gives each model's "
+            f"name an object with {fields}, in US dollars per million tokens."
+        ) from error

@@ -135,3 +135,23 @@ def test_a_ledger_that_cannot_be_opened_is_refused_before_anything_is_asked(tmp_
     with pytest.raises(DataError, match="ledger"):
         judge_comparisons([comparison("x", "y")], judge, ledger=tmp_path / "taken" / "l")
     assert judge.asked == []
+
+
+def test_a_question_that_comes_again_while_under_way_is_waited_for_by_nobody(monkeypatch, tmp_path):
+    def no_sleep(seconds):
+        raise AssertionError("waited for itself")
+
+    monkeypatch.setattr("prefopt.judges.asking.time.sleep", no_sleep)
+    judge = Counting(lambda c: "a" if c.a.text == "red" else "b")
+    items = [comparison("red", "blue")] * 300
+    judged = judge_comparisons(items, judge, ledger=tmp_path / "ledger", progress=False)
+    assert [j.mean_grade for j in judged] == [1] * 300
+    assert judge.asked == [("red", "blue"), ("blue", "red")]
+
+
+def test_the_bar_ends_full_whatever_needed_no_asking(capsys):
+    items = [comparison("same", "same"), *[comparison("red", "blue")] * 300]
+    judge_comparisons(items, ScriptedJudge(lambda c: "a"))
+    last = capsys.readouterr().err.rstrip().split("\r")[-1]
+    assert "100%" in last
+    assert "2/2" in last

@@ -181,3 +181,27 @@ def test_the_whole_way_in_one_call(tmp_path):
     assert [s.n for s in sampled.sets] == [20, 20]
     assert {c.category: c.n for c in sampled.sets[0].categories} == {"x<b>": 10, "y": 10}
     assert "mine: 20 pairs" in sampled.to_text()
+
+
+def test_a_fit_that_is_no_better_than_one_half_is_called_that(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt": f"q {i}", "response_a": "a b c", "response_b": "a", "label": label}
+        for i, label in enumerate(rng.permutation(["A", "B"] * 30).tolist())
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lost = calibrate_judge(
+        path, ScriptedJudge(lambda c: "a" if len(c.a.text) > 1 else "b"), progress=False
+    )
+    for row in rows:
+        row["label"] = "A"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good = calibrate_judge(
+        path, ScriptedJudge(lambda c: "a" if len(c.a.text) > 1 else "b"), progress=False
+    )
+    assert not lost.calibration.informative
+    assert good.calibration.informative
+    for report, said in ((lost, True), (good, False)):
+        for shown in (report.to_text(), report.to_html()):
+            assert ("no better than one half" in shown) is said

@@ -31,7 +31,7 @@ def test_a_question_is_claimed_once_and_answered_once(tmp_path):
     with Ledger(tmp_path / "l") as one, Ledger(tmp_path / "l") as two:
         assert one.claim(question(), "j") == "claimed"
         assert two.claim(question(), "j") == "taken"
-        assert one.claim(question(), "j") == "taken"  # by itself
+        assert one.claim(question(), "j") == "ours"
         one.record("k", "j", said(), [])
         assert two.claim(question(), "j") == "answered"
         assert two.verdicts(["k"]) == {"k": said()}

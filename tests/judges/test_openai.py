@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 import traceback
 
 import httpx2
@@ -1036,6 +1037,18 @@ def test_an_outage_stops_the_run():
     assert [v.failure for _, v in kept] == [None, *["api_error"] * 10]
 
 
+def test_what_waits_is_told_in_words_and_not_once_for_every_request(caplog):
+    fake = FakeOpenAI(prefer_good)
+    fake.faults = [refused_connection] * 8
+    with caplog.at_level(logging.INFO, logger="prefopt"):
+        in_order(fake_judge(fake), numbered(20))
+    told = [r.getMessage() for r in caplog.records if "No answer" in r.getMessage()]
+    assert len(told) == 1
+    assert re.fullmatch(
+        rf"openai:qwen3: try 2 of 6 in \d s\. No answer from {LOCAL} \(ConnectError\)\.", told[0]
+    )
+
+
 def test_a_third_of_faulty_calls_gives_no_wrong_label():
     faults = [
         *(status_fault(429, retry_after=1), status_fault(503), timeout_fault, html_200),
@@ -1165,6 +1178,18 @@ def test_both_orders_are_asked_and_told_in_the_names_of_the_comparison():
     assert [j.mean_grade for j in judged] == [-1, 1, -1, 1, -1, 1]
     assert not any(j.flipped for j in judged)
     assert len(fake.requests) == 12
+
+
+def test_a_question_that_comes_again_while_under_way_is_asked_once(monkeypatch, tmp_path):
+    def no_sleep(seconds):
+        raise AssertionError("waited for itself")
+
+    monkeypatch.setattr("prefopt.judges.asking.time.sleep", no_sleep)
+    fake = FakeOpenAI(prefer_good)
+    items = [comparison("good", "bad")] * 300
+    judged = judge_comparisons(items, fake_judge(fake), ledger=tmp_path / "l", progress=False)
+    assert [j.mean_grade for j in judged] == [1] * 300
+    assert len(fake.requests) == 2
 
 
 def test_a_second_run_with_all_known_asks_nothing(tmp_path):
