@@ -743,15 +743,10 @@ def tie_aware_loss(
     """
     _require(_same_shape(chosen=chosen, rejected=rejected, p_chosen=p_chosen))
     lead = 2 * _probabilities(p_chosen, chosen) - 1
-    certain = lead == 1
-    sure_chosen, sure_rejected = (
-        torch.where(certain, chosen, rejected),
-        torch.where(certain, rejected, chosen),
-    )
-    wins = torch.relu(lead) * win(chosen, rejected) + torch.relu(-lead) * win(
-        sure_chosen, sure_rejected
-    )
-    return wins + (1 - lead.abs()) * tie(chosen, rejected)
+    sure = lead == 1  # as in `soft_label_loss`
+    lost = win(torch.where(sure, chosen, rejected), torch.where(sure, rejected, chosen))
+    decided = torch.relu(lead) * win(chosen, rejected) + torch.relu(-lead) * lost
+    return decided + (1 - lead.abs()) * tie(chosen, rejected)
 
 
 # --- The registry -------------------------------------------------------------------------------
@@ -1026,11 +1021,10 @@ def check_losses(
             problems.append(f"{loss.name} supports no f_divergence but reverse_kl")
         if weighted_pairs and loss.sorts_batch:
             problems.append(f"{loss.name} sorts the batch, so pairs cannot be weighted")
-        for function in (loss, replace(loss, of_sides=loss.of_tie) if loss.of_tie else loss):
-            try:
-                function(_PROBE, probe_settings)
-            except ValueError as error:
-                problems += str(error).split("; ")
+        try:
+            loss(_PROBE, probe_settings)
+        except ValueError as error:
+            problems += str(error).split("; ")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
 
@@ -1069,9 +1063,7 @@ def plackett_luce_loss(rewards: Tensor, mask: Tensor) -> Tensor:
     _check_group(rewards, mask)
     k = rewards.shape[1]
     not_before = torch.ones(k, k, dtype=torch.bool, device=rewards.device).triu()
-    itself = torch.eye(k, dtype=torch.bool, device=rewards.device)
-    # Row k holds the answers that were still to choose from; itself always, so no row is empty.
-    remaining = (not_before & mask[:, None, :]) | itself
+    remaining = not_before & mask[:, None, :]  # (G, K, K): row k, those still to choose from
     choices = rewards[:, None, :].masked_fill(~remaining, -math.inf)
     return (torch.logsumexp(choices, dim=-1) - rewards).where(mask, 0).sum(-1)
 

@@ -22,6 +22,7 @@ TEXT_SIDE = {
     "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "training.health",
 }  # fmt: skip
+MATH_SIDE = {"losses"}
 
 
 def name_of(path):
@@ -44,6 +45,17 @@ def test_text_code_never_imports_torch(path):
         assert not [m for m in imports(path) if m.split(".")[0] == "torch"]
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) in MATH_SIDE], ids=name_of)
+def test_mathematics_needs_torch_only(path):
+    """No other library, and of prefopt nothing but mathematics."""
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top == "prefopt":
+            assert module.split(".")[1] in MATH_SIDE, module
+        else:
+            assert top in {"torch", *sys.stdlib_module_names}, module
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_dependencies_point_one_way(path):
     """types <- text side <- models and sampling <- training and evaluation <- flow <- cli."""
@@ -51,6 +63,7 @@ def test_dependencies_point_one_way(path):
              "labelling": 1, "judging_plan": 1, "preferences": 1,
              "runs": 2, "models": 2, "judges": 3, "sampling": 3, "training": 3, "testing": 3,
              "evaluation": 4, "label_job": 4, "flow": 5, "cli": 6}  # fmt: skip
+    ranks |= dict.fromkeys(MATH_SIDE, 0)
     own = name_of(path).split(".")[0]
     if own in ("", "__init__"):
         return

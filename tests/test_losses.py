@@ -317,6 +317,20 @@ def test_certain_labels_give_the_plain_loss_bit_for_bit(name):
                 assert torch.equal(one, other), mode
 
 
+def test_a_certain_label_never_meets_the_other_outcome_where_it_is_infinite():
+    def exponential(c, r):
+        return torch.exp(r - c)
+
+    ahead, behind, sure = tensor(800.0).requires_grad_(), tensor(0.0), tensor(1.0)
+    for loss in (
+        soft_label_loss(exponential, ahead, behind, sure, "expected"),
+        soft_label_loss(exponential, ahead, behind, sure, "robust"),
+        module.tie_aware_loss(exponential, torch.sub, ahead, behind, sure),
+    ):
+        assert loss.item() == 0
+        assert torch.autograd.grad(loss.sum(), ahead)[0].item() == 0
+
+
 def test_expected_dpo_is_conservative_dpo_pair_by_pair():
     batch = pairs(p=(0.9, 0.9))
     torch.testing.assert_close(of("sigmoid", batch), of("cdpo", pairs()))  # smoothing 0.1
