@@ -174,13 +174,12 @@ def resume_labels(out: str, *, max_usd: float | None = None, progress: bool = Tr
 
 def report_labels(out: str) -> LabelReport:
     """Write the report of a job anew from what is in its folder. Asks nothing."""
-    from prefopt.data.records import read_records
     from prefopt.judges.asking import collect_judged
     from prefopt.judges.canaries import read_canaries
     from prefopt.judges.ledger import Ledger
 
     config = read_job(out)
-    judged = read_records(Path(out) / "judged.jsonl", JudgedComparison)
+    judged = _read_judged(out)
     found = _build(config, judged)
     judges = _judges(replace(config, max_usd=config.max_usd or math.inf))
     canaries = _canaries(config, _comparisons(config, _read_candidates(config)))
@@ -212,8 +211,6 @@ def export_labels(
     Raises:
         DataError: nothing is judged yet, or the calibration is another judge's.
     """
-    from prefopt.data.records import read_records
-
     changes: dict[str, Any] = {
         "rule": rule,
         "min_margin": min_margin,
@@ -221,24 +218,24 @@ def export_labels(
         "pairs_per_prompt": pairs_per_prompt,
     }
     config = replace(read_job(out), **{k: v for k, v in changes.items() if v is not None})
-    path = Path(out) / "judged.jsonl"
-    if not path.exists():
-        raise DataError(f"there is no {path} yet: label first, with `prefopt judge label`.")
-    judged = read_records(path, JudgedComparison)
-    return _export(config, judged, Path(preferences), calibration)
+    return _export(config, _read_judged(out), Path(preferences), calibration)
 
 
 def read_job(out: str) -> LabelConfig:
     """The settings of the job in a folder. Raises RunError where there is none."""
     path = Path(out) / "job.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=LabelConfig)
+        config = msgspec.json.decode(path.read_bytes(), type=LabelConfig)
     except FileNotFoundError as error:
         raise RunError(
             f"there is no labelling job in {out} (no {path}). Start one with `prefopt judge label`."
         ) from error
     except msgspec.DecodeError as error:
-        raise RunError(f"{path} cannot be read as a labelling job: {error}.") from error
+        raise RunError(
+            f"{path} cannot be read as a labelling job: {error}. Restore it, or start the job in "
+            "another folder."
+        ) from error
+    return replace(config, out=out)  # the folder may have been moved or copied
 
 
 def _claim_folder(config: LabelConfig) -> None:
@@ -258,9 +255,23 @@ def _claim_folder(config: LabelConfig) -> None:
     write_bytes(path, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
 
 
+def _read_judged(out: str) -> list[JudgedComparison]:
+    from prefopt.data.records import read_records
+
+    path = Path(out) / "judged.jsonl"
+    if not path.exists():
+        raise DataError(f"there is no {path} yet: `prefopt judge resume --out {out}` makes it.")
+    return read_records(path, JudgedComparison)
+
+
 def _read_candidates(config: LabelConfig) -> list[Candidate]:
     from prefopt.data.records import read_records
 
+    if not Path(config.candidates).exists():
+        raise DataError(
+            f"there is no file of candidates {config.candidates}. A path is meant from the folder in "
+            "which the command runs; `prefopt sample` makes the file."
+        )
     candidates = read_records(config.candidates, Candidate)
     if not candidates:
         raise DataError(f"{config.candidates} holds no candidates; `prefopt sample` makes some.")

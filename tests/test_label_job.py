@@ -1,6 +1,7 @@
 """A labelling job in its folder: estimate, label, resume, report, export, and what it refuses."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from prefopt.cli import main
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.records import read_records, write_records
 from prefopt.errors import DataError, RunError
+from prefopt.judges import load_judge
 from prefopt.judges.calibration import Calibration, save_calibration
 from prefopt.judges.rubric import HOUSE_STYLE
 from prefopt.label_job import (
@@ -179,6 +181,8 @@ def test_the_commands_say_what_is_wrong_in_one_line(tmp_path, capsys):
     for arguments, said in [
         (["label", "--candidates", str(tmp_path / "empty.jsonl"), "--out", out], "no candidates"),
         (["label", "--candidates", str(tmp_path / "broken.jsonl"), "--out", out], "line 2"),
+        (["label", "--candidates", "nowhere.jsonl", "--out", out], "no file of candidates"),
+        (["calibrate", "--data", out, "--out", out, "--max_rows", "0"], "must be 1 or more"),
         (["resume", "--out", out], "no labelling job"),
         (["report", "--out", out], "no labelling job"),
         (["export", "--out", out, "--preferences", out], "no labelling job"),
@@ -282,3 +286,27 @@ def test_a_file_of_prices_that_cannot_be_used_is_refused(config, tmp_path, conte
         path.write_bytes(content)
     with pytest.raises(DataError, match=problem):
         estimate_labels(replace(config, prices=str(path)))
+
+
+def test_a_copied_folder_is_a_job_of_its_own(config, tmp_path):
+    label_candidates(config, progress=False)
+    copied = str(tmp_path / "copied")
+    shutil.copytree(config.out, copied)
+    shutil.rmtree(config.out)
+    assert resume_labels(copied, progress=False).folder == copied
+    report_labels(copied)
+    assert not Path(config.out).exists()
+
+
+def test_without_verdicts_report_and_export_say_how_to_get_them(config):
+    label_candidates(config, progress=False)
+    Path(f"{config.out}/judged.jsonl").unlink()
+    for ask in (lambda: report_labels(config.out), lambda: export_labels(config.out, "x.jsonl")):
+        with pytest.raises(DataError, match=r"no .*judged.jsonl yet: `prefopt judge resume"):
+            ask()
+
+
+@pytest.mark.parametrize("address", ["localhost:8000/v1", "10.0.0.7:11434", "localhost"])
+def test_an_address_without_http_is_not_taken_for_a_part_of_the_models_name(address):
+    with pytest.raises(ValueError, match="begins with http"):
+        load_judge(f"openai:qwen3@{address}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -80,6 +81,11 @@ def load_judge(
         # A model's name may hold an "@" of its own.
         model, at, rest = argument.rpartition("@http")
         model, base_url = (model, "http" + rest) if at else (argument, None)
+        if base_url is None and re.search(r"@([^@/]+:\d+|localhost)(/|$)", argument):
+            raise ValueError(
+                f"the address of a server begins with http:// or https://, got {spec!r}. Write it as "
+                "openai:<model>@http://localhost:8000/v1."
+            )
         price = own_prices.get(model)
         if price is None and (max_usd == math.inf or is_local(base_url)):
             max_usd = None  # nothing to limit: the limit is for the job's other judge

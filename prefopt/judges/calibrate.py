@@ -91,9 +91,12 @@ def calibrate_judge(
         progress: show a bar.
 
     Raises:
+        ValueError: `max_rows` is below 1.
         DataError: the data cannot be used.
         JudgeError: asking cannot go on.
     """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be 1 or more, or left out to take all; got {max_rows}.")
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
         raise DataError("calibration needs labelled pairs, got no data.")
