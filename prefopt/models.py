@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +218,57 @@ def lora_config(settings: LoRASettings) -> Any:
         use_rslora=settings.rslora,
         bias="none",
         task_type="CAUSAL_LM",
+    )
+
+
+@contextlib.contextmanager
+def fused_lora(model: Any) -> Iterator[int]:
+    """Within the block, plain LoRA layers of `model` run as one operation each; yields how many.
+
+    Same mathematics as PEFT's own forward, without its passes over full-size intermediates. Left to
+    PEFT are layers with dropout, DoRA, a trained bias, several active adapters, quantised or
+    trainable weights or mixed dtypes, and every call under autocast.
+    """
+    import torch
+    from peft.tuners.lora import Linear
+
+    from prefopt.lora_linear import lora_linear
+
+    def forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        base = layer.base_layer
+        if layer.disable_adapters and not layer.merged:
+            return base(x)
+        active = layer.active_adapters
+        if args or kwargs or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
+            return Linear.forward(layer, x, *args, **kwargs)
+        name = active[0]
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if not x.dtype == base.weight.dtype == a.dtype or torch.is_autocast_enabled(x.device.type):
+            return Linear.forward(layer, x)
+        return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
+
+    layers = [m for m in model.modules() if type(m) is Linear and _is_plain_lora(m)]
+    for layer in layers:
+        layer.forward = types.MethodType(forward, layer)
+    try:
+        yield len(layers)
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    from torch import nn
+
+    base = layer.base_layer
+    return (
+        "forward" not in vars(layer)  # nobody else, such as accelerate's hooks, has replaced it
+        and type(base) is nn.Linear
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+        and not getattr(layer, "lora_variant", None)
+        and not any(layer.lora_bias.values())
+        and all(isinstance(d, nn.Identity) or d.p == 0.0 for d in layer.lora_dropout.values())
     )
 
 

@@ -1,0 +1,423 @@
+"""A causal language model of transformers -> log-probabilities of the answers in a tree batch.
+
+`add_answer_scoring` teaches a model's `forward` to take answers; `score_answers` calls it, through
+whatever PEFT, DDP or accelerate have wrapped around it. `choose_scoring` finds out by trying, against
+the model's own logits, which of three ways a model can be scored:
+
+    tree     one flat row, the prompt once (prefopt.trees);
+    padded   a row an answer, hidden states into the chunked output head (prefopt.logprobs);
+    logits   a row an answer, the model's own logits; slow, but right for any model.
+
+Knows nothing of losses, data or the training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefopt.errors import ModelError
+from prefopt.logprobs import OutputHead, TokenScores, score_tokens
+from prefopt.models import fused_lora
+from prefopt.tree_attention import flex_attention, flex_block_mask, segment_attention
+from prefopt.trees import (
+    AnswerTree,
+    PaddedAnswers,
+    TreeBatch,
+    TreeSpan,
+    pack_trees,
+    pad_trees,
+    tree_mask,
+)
+
+logger = logging.getLogger(__name__)
+
+ScoringWay = Literal["tree", "padded", "logits"]
+AttentionBackend = Literal["segments", "flex", "dense"]
+
+_ATTENTION = "prefopt_tree"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a model's answers are scored.
+
+    Args:
+        way: see the module.
+        backend: the attention of way "tree".
+        window: longest prompt with one answer that way "tree" can take, where attention is
+            local; None is no limit. Longer ones are padded.
+        reason: why it is not the fastest way; empty when it is.
+    """
+
+    way: ScoringWay
+    backend: AttentionBackend = "segments"
+    window: int | None = None
+    reason: str = ""
+
+    def batch(self, trees: Sequence[AnswerTree], pad_token_id: int) -> TreeBatch | PaddedAnswers:
+        """The trees in the form that this way takes."""
+        if self.way == "tree" and (
+            self.window is None
+            or all(len(t.prompt_ids) + max(map(len, t.answers)) <= self.window for t in trees)
+        ):
+            return pack_trees(trees)
+        return pad_trees(trees, pad_token_id)
+
+
+class AnswerScores(NamedTuple):
+    """The scores of every answer token, and a mixture-of-experts model's balancing loss."""
+
+    tokens: TokenScores
+    aux_loss: Tensor | None  # () where it was asked for
+
+
+class _TreeRoute(NamedTuple):
+    spans: tuple[TreeSpan, ...]
+    block_mask: Any
+
+
+def add_answer_scoring(model: Any) -> None:
+    """Teach a causal language model's `forward` the argument `answers`; all other calls stay.
+
+    Give the model itself, not its PEFT wrapper. Doing it twice changes nothing.
+    """
+    if getattr(model, "_prefopt_scores_answers", False):
+        return
+    original = model.forward
+
+    # The original signature stays visible: `generate` checks its arguments against it.
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, answers: Any = None, **kwargs: Any) -> Any:
+        if answers is None:
+            return original(*args, **kwargs)
+        return _score(self, original, answers, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    model._prefopt_scores_answers = True
+
+
+def score_answers(
+    model: Any,
+    batch: TreeBatch | PaddedAnswers,
+    scoring: Scoring,
+    *,
+    statistics: bool = True,
+    log_sum_sq: bool = False,
+    aux_loss: bool = False,
+) -> AnswerScores:
+    """Score a batch's answer tokens; call it, and the backward pass, within `tree_attention`.
+
+    Args:
+        model: a model taught by `add_answer_scoring`, however it is wrapped.
+        batch: what `scoring.batch` returned, on the model's device.
+        scoring: what `choose_scoring` returned for the model.
+        statistics: whether entropy, mean logit and top-1 are wanted too.
+        log_sum_sq: whether log sum_v p_v^2 is wanted too.
+        aux_loss: whether a mixture-of-experts model's balancing loss is wanted too.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if isinstance(batch, TreeBatch):
+        inputs["position_ids"] = batch.position_ids
+        if scoring.backend == "dense":
+            inputs["attention_mask"] = tree_mask(batch.spans, batch.input_ids.device)
+        else:
+            flex = scoring.backend == "flex"
+            mask = flex_block_mask(batch.spans, batch.input_ids.device) if flex else None
+            inputs["tree_route"] = _TreeRoute(batch.spans, mask)
+    else:
+        inputs["attention_mask"] = batch.attention_mask
+    if aux_loss:
+        inputs["output_router_logits"] = True
+    scores: AnswerScores = model(
+        **inputs,
+        answers=_Asked(
+            batch.predictor, batch.targets, scoring.way == "logits", statistics, log_sum_sq
+        ),
+    )
+    return scores
+
+
+class _Asked(NamedTuple):
+    predictor: Tensor
+    targets: Tensor
+    from_logits: bool
+    statistics: bool
+    log_sum_sq: bool
+
+
+def _score(model: Any, original: Any, asked: _Asked, *args: Any, **kwargs: Any) -> AnswerScores:
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    kwargs.pop("return_dict", None)
+    length = kwargs["input_ids"].shape[1] if "input_ids" in kwargs else None
+    length = kwargs["attention_mask"].shape[-1] if length is None else length
+    if asked.from_logits:
+        out = original(*args, **kwargs)
+        rows = out.logits.flatten(0, -2) if out.logits.dim() == 3 else out.logits
+        tokens = _from_logits(rows[asked.predictor], asked.targets, asked.log_sum_sq)
+    else:
+        out = model.base_model(*args, **kwargs)
+        hidden = out.last_hidden_state
+        tokens = score_tokens(
+            hidden.flatten(0, 1)[asked.predictor],
+            output_head(model),
+            asked.targets,
+            statistics=asked.statistics,
+            log_sum_sq=asked.log_sum_sq,
+        )
+    balance = None
+    if kwargs.get("output_router_logits"):
+        balance = _balancing_loss(model, out, kwargs.get("attention_mask"))
+    return AnswerScores(tokens, balance)
+
+
+def _from_logits(logits: Tensor, targets: Tensor, log_sum_sq: bool) -> TokenScores:
+    logits = logits.float()
+    log_p = logits.log_softmax(-1)
+    with torch.no_grad():
+        p = log_p.exp()
+        squares = p.square().sum(-1).log() if log_sum_sq else torch.zeros_like(log_p[:, 0])
+        entropy, top1 = -(p * log_p).sum(-1), logits.argmax(-1) == targets
+        mean = logits.mean(-1)
+    return TokenScores(log_p.gather(-1, targets[:, None])[:, 0], entropy, mean, top1, squares)
+
+
+def output_head(model: Any) -> OutputHead:
+    """A model's output head with what its configuration does to the logits.
+
+    Raises:
+        ModelError: the model has no output head, or one that is more than a matrix and a bias.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ModelError(
+            f"{type(model).__name__} has no output head with a weight, so it gives no token "
+            "probabilities. Load it as a causal language model."
+        )
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name, inverse in (
+        ("logit_scale", False),
+        ("output_multiplier", False),
+        ("lm_head_multiplier", False),
+        ("logits_scaling", config.model_type != "hyperclovax"),
+    ):
+        value = getattr(config, name, None)
+        if value is not None:
+            scale = 1.0 / value if inverse else value
+            break
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return OutputHead(head.weight, getattr(head, "bias", None), float(scale), softcap)
+
+
+def _balancing_loss(model: Any, out: Any, mask: Tensor | None) -> Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    padding = mask if mask is not None and mask.dim() == 2 else None
+    loss: Tensor = load_balancing_loss_func(
+        out.router_logits, experts, config.num_experts_per_tok, padding
+    )
+    return loss
+
+
+@contextlib.contextmanager
+def tree_attention(model: Any, scoring: Scoring) -> Iterator[None]:
+    """Within the block, `model` attends along trees and its plain LoRA layers are fused.
+
+    The backward pass belongs into the block too: gradient checkpointing runs the forward again.
+    """
+    base = base_model(model)
+    with fused_lora(model):
+        if scoring.way != "tree" or scoring.backend == "dense":
+            yield
+            return
+        config = base.config
+        before = config._attn_implementation
+        config._attn_implementation = _ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+
+def base_model(model: Any) -> Any:
+    """The causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    tree_route: _TreeRoute | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer, (1, H, T, D) in and (1, T, H, D) out."""
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ModelError(f"{type(module).__name__} has attention sinks or biases that trees lack.")
+    if tree_route is None:
+        # A padded batch, because one of its rows is longer than the attention window.
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    if tree_route.block_mask is not None:
+        out = flex_attention(
+            query, key, value, tree_route.block_mask, scale=scaling, softcap=softcap
+        )
+    else:
+        out = segment_attention(
+            query,
+            key,
+            value,
+            tree_route.spans,
+            scale=scaling,
+            softcap=softcap,
+            dropout=dropout if module.training else 0.0,
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+def choose_scoring(model: Any, *, compiled: bool = False) -> Scoring:
+    """Find the fastest way in which a model gives the same log-probabilities as its own logits.
+
+    A few made-up answers are scored each way and compared with the model's logits for each answer
+    alone. The result, with its reason, is written to the log.
+
+    Args:
+        model: the model, perhaps inside a PEFT wrapper; taught to score as a side effect.
+        compiled: whether the model runs under torch.compile, which needs one graph for all trees.
+
+    Raises:
+        ModelError: not even the model's own logits give the same twice.
+    """
+    _register()
+    base = base_model(model)
+    add_answer_scoring(base)
+    training, device = model.training, next(base.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad():
+            scoring = _first_that_agrees(model, base, device, compiled)
+    finally:
+        model.train(training)
+    if scoring.reason:
+        logger.warning("answers are scored the slower way %r: %s", scoring.way, scoring.reason)
+    return scoring
+
+
+def _first_that_agrees(model: Any, base: Any, device: torch.device, compiled: bool) -> Scoring:
+    trees = _probe_trees(base.config.get_text_config().vocab_size)
+    expected = torch.cat([_alone(model, p, a, device) for p, answers in trees for a in answers])
+    # Rounding moves log-probabilities by some units in the last place of the logits.
+    unit = {torch.float32: 3e-4, torch.float64: 1e-9}.get(next(base.parameters()).dtype, 6e-2)
+    allowed = unit * (1.0 + expected.abs())
+    reasons = []
+    for scoring in _ways(model, base, device, compiled):
+        if scoring.reason:
+            reasons.append(scoring.reason)
+            continue
+        try:
+            with tree_attention(model, scoring):
+                batch = scoring.batch(trees, 0).to(device)
+                found = score_answers(model, batch, scoring, statistics=False).tokens.logprobs
+        except (TypeError, ValueError, RuntimeError, NotImplementedError, ModelError) as error:
+            message = (str(error).splitlines() or [type(error).__name__])[0]
+            reasons.append(f"{scoring.way} fails: {message[:150]}")
+            continue
+        if ((found - expected).abs() <= allowed).all():
+            return Scoring(scoring.way, scoring.backend, scoring.window, "; ".join(reasons))
+        worst = float((found - expected).abs().max())
+        reasons.append(f"{scoring.way} differs from the model's own logits by {worst:.2g} nats")
+    raise ModelError(
+        f"no way of scoring answers agrees with {type(base).__name__}'s own logits: "
+        f"{'; '.join(reasons)}."
+    )
+
+
+def _ways(model: Any, base: Any, device: torch.device, compiled: bool) -> Iterator[Scoring]:
+    tree: dict[str, Any] = {"window": _attention_window(base.config.get_text_config())}
+    refused = _no_trees(model, base)
+    if refused:
+        yield Scoring("tree", reason=refused)
+    elif compiled:
+        yield Scoring("tree", "dense", **tree)
+    else:
+        yield Scoring("tree", "flex" if device.type == "cuda" else "segments", **tree)
+        yield Scoring("tree", "dense", **tree)
+    yield Scoring("padded")
+    yield Scoring("logits")
+
+
+def _no_trees(model: Any, base: Any) -> str:
+    """Why a model's architecture rules trees out, or nothing."""
+    name = type(base).__name__
+    peft = getattr(model, "active_peft_config", None)
+    if getattr(peft, "is_prompt_learning", False):
+        return "prompt tuning puts virtual tokens before each row"
+    if getattr(base, "_is_stateful", False):
+        return f"{name} carries a state from token to token"
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
+        return f"{name} takes no position_ids, so positions cannot restart after the prompt"
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{name} has an attention of its own that cannot be replaced"
+    return ""
+
+
+def _attention_window(config: Any) -> int | None:
+    """The shortest attention window among a model's layers, if any layer is local."""
+    windows = []
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    sliding = kinds is None or any("sliding" in kind for kind in kinds)
+    if window is not None and sliding and getattr(config, "use_sliding_window", True):
+        windows.append(int(window))
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None:
+        windows.append(int(chunk))
+    return min(windows, default=None)
+
+
+def _probe_trees(vocabulary: int) -> list[AnswerTree]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
+
+    return [AnswerTree(ids(5), (ids(3), ids(4))), AnswerTree(ids(3), (ids(2), ids(1), ids(5)))]
+
+
+def _alone(
+    model: Any, prompt: tuple[int, ...], answer: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Log-probabilities (R,) of one answer from the model's own logits, alone in its row."""
+    ids = torch.tensor([prompt + answer], device=device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    n = len(answer)
+    log_p = logits[0, -n - 1 : -1].float().log_softmax(-1)
+    return log_p.gather(-1, ids[0, -n:, None])[:, 0]
