@@ -193,6 +193,7 @@ def judge_export(
     min_margin: float | None = None,
     min_p: float | None = None,
     pairs_per_prompt: int | None = None,
+    reliability: float | None = None,
     calibration: str | None = None,
 ) -> None:
     """Make labels anew from a job's verdicts, with other thresholds. Asks nothing.
@@ -206,6 +207,7 @@ def judge_export(
         min_margin: the least mean grade, in (0, 2].
         min_p: the least p_chosen of a label, in [0.5, 1).
         pairs_per_prompt: keep at most this many labels a prompt, the widest apart first.
+        reliability: in (0, 1], how far a judge's settled opinion is trusted; the job's own by default.
         calibration: a calibration.json of the same judge, whose probabilities are used.
     """
     from prefopt.label_job import export_labels
@@ -218,6 +220,7 @@ def judge_export(
             min_margin=min_margin,
             min_p=min_p,
             pairs_per_prompt=pairs_per_prompt,
+            reliability=reliability,
             calibration=calibration,
         )
     )

@@ -59,6 +59,8 @@ class LabelConfig:
         min_margin: for "mean_grade": the least mean grade, in (0, 2].
         min_p: the least p_chosen of a label, in [0.5, 1).
         pairs_per_prompt: keep at most this many labels a prompt, the widest apart first.
+        reliability: in (0, 1], how far a judge's settled opinion is trusted in p_chosen. By default it
+            is estimated where the verdicts show it (two judges, or three answers a prompt), else 1.
         canaries: on how many prompts the judge is tested with answers made to fool it (0: none).
     """
 
@@ -76,6 +78,7 @@ class LabelConfig:
     min_margin: float = 1.0
     min_p: float = 0.5
     pairs_per_prompt: int | None = None
+    reliability: float | None = None
     canaries: int = 4
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class LabelConfig:
             problems.append(f"min_margin must be in (0, 2], got {self.min_margin}")
         if not 0.5 <= self.min_p < 1.0:
             problems.append(f"min_p must be in [0.5, 1), got {self.min_p}")
+        if self.reliability is not None and not 0.0 < self.reliability <= 1.0:
+            problems.append(f"reliability must be in (0, 1], got {self.reliability}")
         if self.pairs_per_prompt is not None and self.pairs_per_prompt < 1:
             problems.append(f"pairs_per_prompt must be at least 1, got {self.pairs_per_prompt}")
         if problems:
@@ -196,6 +201,7 @@ def export_labels(
     min_margin: float | None = None,
     min_p: float | None = None,
     pairs_per_prompt: int | None = None,
+    reliability: float | None = None,
     calibration: str | None = None,
 ) -> Preferences:
     """Make labels anew from a job's verdicts, with other thresholds. Asks nothing.
@@ -204,7 +210,7 @@ def export_labels(
         out: the job's folder.
         preferences: file to write (.jsonl or .parquet); what is left out goes to
             `<preferences>.left_out.jsonl`.
-        rule, min_margin, min_p, pairs_per_prompt: replace the job's own where given.
+        rule, min_margin, min_p, pairs_per_prompt, reliability: replace the job's own where given.
         calibration: a file that `prefopt judge calibrate` wrote for the same judge and rubric; its
             probabilities replace the inferred ones.
 
@@ -216,6 +222,7 @@ def export_labels(
         "min_margin": min_margin,
         "min_p": min_p,
         "pairs_per_prompt": pairs_per_prompt,
+        "reliability": reliability,
     }
     config = replace(read_job(out), **{k: v for k, v in changes.items() if v is not None})
     return _export(config, _read_judged(out), Path(preferences), calibration)
@@ -357,6 +364,7 @@ def _build(
         min_margin=config.min_margin,
         min_p=config.min_p,
         pairs_per_prompt=config.pairs_per_prompt,
+        reliability=config.reliability,
         calibrated_p_a=None if fitted is None else fitted.apply,
     )
 

@@ -20,9 +20,13 @@ What the verdicts cannot show, whatever their number:
     pairs at least, show how far a judge repeats itself.
   * When the first place was not drawn at random, position bias and "the answers of this source are
     better" are the same thing.
-  * An error that a judge makes each time it sees a pair looks like an opinion. With one judge the
-    result is about what this judge would say on average (r = 1). Two judges show only the product
-    of their reliabilities, which the prior then shares out; three judges separate them.
+  * An error that a judge makes each time it sees a pair looks like an opinion. It shows where one
+    judge compared three or more answers of a prompt in a ring and contradicts itself around it, or
+    where other judges saw the pair: two judges show only the product of their reliabilities, which
+    the prior then shares out; three separate them. With one judge and two answers a prompt the
+    result is about what this judge would say on average (r = 1).
+  * A taste for one answer, such as for the longer one, never contradicts itself. Only other judges,
+    best of all people, show it.
   * One person's label a pair cannot tell that person's slips from the judge's repeated errors. Two
     labels on some pairs can; they count as one judge of `people`.
 
@@ -54,6 +58,7 @@ from prefopt.labelling.judge_likelihood import (
 from prefopt.labelling.observations import (
     Encoded,
     Observations,
+    count_rings,
     encode,
     grade_from_p_first,
     observe,
@@ -67,6 +72,7 @@ __all__ = [
     "Observations",
     "PairPosterior",
     "beliefs",
+    "count_rings",
     "fit_label_model",
     "grade_from_p_first",
     "observe",
@@ -166,8 +172,9 @@ def fit_label_model(
         n_judges: how many judges there are; by default the highest number seen, plus one.
         people: judges that are people. They have no position bias and reliability 1.
         reliability: assumed for all judges that are not people, in (0, 1]; or "fitted", which needs
-            pairs with verdicts by two judges (see the module's text for what two can tell). Or one
-            such value a judge: ("fitted", 1.0) measures a cheap judge by a strong one that is trusted.
+            pairs with verdicts by two judges, or answers that one judge compared in a ring (see the
+            module's text for what these tell). Or one such value a judge: ("fitted", 1.0) measures a
+            cheap judge by a strong one that is trusted.
         start: an earlier fit of the same judges, from which the search starts. It saves time and
             moves the result only within the search's tolerance.
 
@@ -176,7 +183,7 @@ def fit_label_model(
 
     Raises:
         ValueError: an unknown judge among `people`, a reliability out of range, or "fitted" where no
-            pair was seen by two judges.
+            pair was seen by two judges and no answers were compared in a ring.
     """
     seen = int(observations.judge.max()) + 1 if len(observations) else 1
     count = seen if n_judges is None else n_judges
@@ -201,10 +208,12 @@ def fit_label_model(
     for j in sorted(set(range(count)) - set(people)):
         free[j, 4] = each[j] == "fitted"
         fixed_reliability[j] = 1.0 if each[j] == "fitted" else float(each[j])
-    if free[:, 4].any() and not ((encoded.states != 0).sum(axis=1) >= 2).any():
+    by_two = ((encoded.states != 0).sum(axis=1) >= 2).any()
+    if free[:, 4].any() and not by_two and not count_rings(observations):
         raise ValueError(
             "reliability='fitted' needs pairs with verdicts by two judges (or a judge and a "
-            "person), and there is none. Pass a number, or ask a second judge about some pairs."
+            "person), or three answers of a prompt that were all compared, and there is none. Pass a "
+            "number, or ask a second judge about some pairs."
         )
     verdicts = np.bincount(observations.judge, minlength=count)
     free[verdicts == 0] = False

@@ -20,6 +20,7 @@ from prefopt.label_model import (
     LabelModel,
     Observations,
     PairPosterior,
+    count_rings,
     fit_label_model,
     observe,
 )
@@ -141,7 +142,9 @@ def build_preferences(
             was never compared directly may be among them, placed by the others.
         reliability: how far a judge's settled opinion can be trusted: a number in (0, 1], where 1
             takes it as the truth, or "fitted". By default it is fitted where two judges saw the same
-            pairs, and 1 otherwise. Lower it, or calibrate, where people disagree with the judge.
+            pairs, or one compared three or more answers of 30 prompts in a ring (repeated errors
+            contradict each other there), and 1 otherwise. Lower it, or calibrate, where people
+            disagree with the judge.
         calibrated_p_a: P(a is better) of a judged comparison as fitted to people's labels, such as
             `Calibration.apply`; it takes the place of what is inferred.
 
@@ -273,7 +276,8 @@ def infer(
     columns = list(zip(*rows, strict=True)) if rows else [()] * 5
     observations = observe(*columns)
     if reliability is None:
-        reliability = "fitted" if seen_by_two(observations) else 1.0
+        shown = seen_by_two(observations) or count_rings(observations) >= _ENOUGH_TO_FIT
+        reliability = "fitted" if shown else 1.0
     model = fit_label_model(observations, n_judges=max(len(judges), 1), reliability=reliability)
     return Inference(model, tuple(judges), observations, prompts, answers)
 

@@ -167,7 +167,7 @@ def test_an_estimate_asks_nothing_and_needs_no_limit(candidates, tmp_path, monke
 @pytest.mark.parametrize(
     "wrong",
     [{"plan": "adaptive"}, {"min_p": 1.0}, {"min_margin": 3.0}, {"pairs_per_prompt": 0},
-     {"canaries": -1}],
+     {"canaries": -1}, {"reliability": 0.0}, {"reliability": 1.5}],
 )  # fmt: skip
 def test_wrong_settings_are_refused_before_anything_is_read(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -310,3 +310,13 @@ def test_without_verdicts_report_and_export_say_how_to_get_them(config):
 def test_an_address_without_http_is_not_taken_for_a_part_of_the_models_name(address):
     with pytest.raises(ValueError, match="begins with http"):
         load_judge(f"openai:qwen3@{address}")
+
+
+def test_less_trust_in_the_judge_is_less_certainty(config, tmp_path):
+    label_candidates(config, progress=False)
+
+    def least(name, **options):
+        found = export_labels(config.out, str(tmp_path / name), **options)
+        return min(p.p_chosen for g in found.groups for p in g.preferences)
+
+    assert least("half.jsonl", reliability=0.5) < least("all.jsonl", reliability=1.0) - 0.02

@@ -13,6 +13,7 @@ from prefopt.label_model import (
     JudgeParameters,
     LabelModel,
     beliefs,
+    count_rings,
     fit_label_model,
     grade_from_p_first,
     observe,
@@ -112,6 +113,59 @@ def test_three_judges_and_their_reliabilities_are_told_apart():
     for found, judge, error in zip(model.judges, judges, sd, strict=True):
         assert abs(found.position_bias - judge.position_bias) < 0.15
         assert abs(found.reliability - 2 / (2 + error**2)) < 0.12
+
+
+@pytest.mark.parametrize("repeated", [0.0, 0.7, 1.0])
+def test_a_judge_that_contradicts_itself_around_a_ring_shows_its_repeated_errors(repeated):
+    """One judge, three answers a prompt: each pair has an error of its own, in both orders."""
+    rng = np.random.default_rng(5)
+    n = 1000
+    q = rng.normal(size=(n, 3))
+    parts = []
+    for low, high in [(0, 1), (1, 2), (0, 2)]:
+        shown = q[:, [low, high]].copy()
+        shown[:, 0] += rng.normal(size=n) * repeated
+        (prompt, first, second, judge, grade), _ = both_orders(n, rng, TRUE, 0, shown)
+        names = np.array([low, high])
+        parts.append((prompt, names[first], names[second], judge, grade))
+    seen = observe(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    assert count_rings(seen) == n
+    model = fit_label_model(seen, reliability="fitted")
+    assert abs(model.judges[0].reliability - 2 / (2 + repeated**2)) < 0.06
+    wanted = [(row, i, j) for row in range(n) for i, j in [(0, 1), (1, 2), (0, 2)]]
+    found = model.p_prefer(seen, wanted)
+    better = np.array([q[row, i] > q[row, j] for row, i, j in wanted])
+    sure, right = np.maximum(found.p, 1 - found.p), (found.p > 0.5) == better
+    assert abs(sure.mean() - right.mean()) < 0.02
+    if repeated:
+        trusting = fit_label_model(seen).p_prefer(seen, wanted)
+        sure, right = np.maximum(trusting.p, 1 - trusting.p), (trusting.p > 0.5) == better
+        assert sure.mean() - right.mean() > 0.02
+
+
+@pytest.mark.parametrize(
+    ("pairs_of_one_prompt", "rings"),
+    [
+        ([], 0),
+        ([(0, 1)], 0),
+        ([(0, 1), (1, 0), (0, 1)], 0),
+        ([(0, 1), (1, 2)], 0),
+        ([(0, 1), (1, 2), (2, 0)], 1),
+        ([(0, 1), (1, 2), (2, 3), (3, 0)], 1),
+        ([(0, 1), (2, 3), (4, 5), (5, 6), (6, 4)], 1),
+        ([(0, 1), (0, 2), (0, 3), (3, 4)], 0),
+    ],
+)
+def test_rings_are_counted(pairs_of_one_prompt, rings):
+    first, second = zip(*pairs_of_one_prompt, strict=True) if pairs_of_one_prompt else ((), ())
+    n = len(first)
+    assert count_rings(observe([7] * n, first, second, [0] * n, [1] * n)) == rings
+    # Of two judges each needs its own ring; two prompts have two.
+    alternating = [i % 2 for i in range(n)]
+    if n == 3:
+        assert count_rings(observe([7] * n, first, second, alternating, [1] * n)) == 0
+    doubled = observe([7] * n + [8] * n, first * 2, second * 2, [0] * 2 * n, [1] * 2 * n)
+    assert count_rings(doubled) == 2 * rings
 
 
 def test_people_show_an_error_that_the_judge_repeats():

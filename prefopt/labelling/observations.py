@@ -82,6 +82,32 @@ def observe(
     return Observations(**columns)
 
 
+def count_rings(observations: Observations) -> int:
+    """How often one judge compared answers of one prompt in a ring, as in a : b, b : c, c : a.
+
+    A judge that errs anew for each pair contradicts itself around a ring, however often it repeats
+    each verdict; that is how its repeated errors show without anybody else.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not len(observations):
+        return 0
+    o = observations
+    low, high = np.minimum(o.first, o.second), np.maximum(o.first, o.second)
+    pairs = np.unique(np.stack([o.judge, o.prompt, low, high], axis=1), axis=0)
+    ends = np.concatenate([pairs[:, [0, 1, 2]], pairs[:, [0, 1, 3]]])
+    answers, place = np.unique(ends, axis=0, return_inverse=True)
+    start, stop = place.reshape(2, -1)
+    n = len(answers)
+    graph = coo_array((np.ones(len(pairs)), (start, stop)), shape=(n, n))
+    n_parts, part = connected_components(graph, directed=False)
+    # A connected graph without a ring has one line less than it has points.
+    lines = np.bincount(part[start], minlength=n_parts)
+    points = np.bincount(part, minlength=n_parts)
+    return int((lines >= points).sum())
+
+
 def grade_from_p_first(p_first: ArrayLike) -> Ints:
     """Grades for a judge that gives P(first is better), such as a model's token probability.
 
