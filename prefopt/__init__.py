@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from prefopt.sampling.candidates import sample_candidates as sample_candidates
     from prefopt.training.dpo import DPOSettings as DPOSettings
     from prefopt.training.dpo import train_dpo as train_dpo
+    from prefopt.training.dpo_trainer import DPOConfig as DPOConfig
+    from prefopt.training.dpo_trainer import DPOTrainer as DPOTrainer
     from prefopt.types import Candidate as Candidate
     from prefopt.types import Comparison as Comparison
     from prefopt.types import JudgedComparison as JudgedComparison
@@ -88,6 +90,8 @@ _HOMES = {
     "pair_candidates": "preferences",
     "SamplingSettings": "sampling.candidates",
     "sample_candidates": "sampling.candidates",
+    "DPOConfig": "training.dpo_trainer",
+    "DPOTrainer": "training.dpo_trainer",
     "DPOSettings": "training.dpo",
     "train_dpo": "training.dpo",
     "Candidate": "types",

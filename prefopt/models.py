@@ -221,6 +221,22 @@ def lora_config(settings: LoRASettings) -> Any:
     )
 
 
+def wrap_with_adapter(model: Any, config: Any) -> Any:
+    """A new PEFT adapter around a model.
+
+    Raises:
+        ModelError: `config` is no `peft.PeftConfig`.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(config, PeftConfig):
+        raise ModelError(
+            "peft_config must be a peft.PeftConfig such as LoraConfig, got "
+            f"{type(config).__name__}."
+        )
+    return get_peft_model(model, config)
+
+
 @contextlib.contextmanager
 def fused_lora(model: Any) -> Iterator[int]:
     """Within the block, plain LoRA layers of `model` run as one operation each; yields how many.

@@ -198,6 +198,8 @@ def output_head(model: Any) -> OutputHead:
         ModelError: the model has no output head, or one that is more than a matrix and a bias.
     """
     head = model.get_output_embeddings()
+    if hasattr(head, "base_layer") or hasattr(head, "original_module"):
+        raise ModelError("the output head carries an adapter, so it is more than a matrix.")
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise ModelError(
             f"{type(model).__name__} has no output head with a weight, so it gives no token "
@@ -348,7 +350,7 @@ def _first_that_agrees(model: Any, base: Any, device: torch.device, compiled: bo
                 found = score_answers(model, batch, scoring, statistics=False).tokens.logprobs
         except (TypeError, ValueError, RuntimeError, NotImplementedError, ModelError) as error:
             message = (str(error).splitlines() or [type(error).__name__])[0]
-            reasons.append(f"{scoring.way} fails: {message[:150]}")
+            reasons.append(f"{scoring.way} fails: {message[:150].rstrip('.')}")
             continue
         if ((found - expected).abs() <= allowed).all():
             return Scoring(scoring.way, scoring.backend, scoring.window, "; ".join(reasons))

@@ -1,0 +1,177 @@
+"""The settings of `DPOTrainer`: TRL's, and what tree batches and further losses need.
+
+All faults of a configuration are said at once, before anything is loaded. Knows nothing of models or
+data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trl
+
+from prefopt.losses import PAIR_LOSSES, LossSettings, check_losses
+
+LISTWISE_LOSSES = ("plackett_luce", "infonca", "nca")
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    r"""TRL's `DPOConfig` with what tree batches and the further losses need.
+
+    Everything TRL documents holds; `per_device_train_batch_size` counts rows, and memory is bounded
+    by `micro_batch_tokens` instead. `padding_free` is always so and changes nothing.
+
+    Parameters:
+        loss_type: besides TRL's, any of `prefopt.losses.LOSS_NAMES`, and for rows of K answers
+            `plackett_luce`, `infonca` and `nca`.
+        micro_batch_tokens: tokens that go through the model at once; None takes 1,024 on a CPU and
+            16,384 on a GPU. The gradient does not depend on it, memory does.
+        group_by_prompt: let rows with the same prompt follow each other, so that the prompt is
+            computed once for all of them; otherwise rows are shuffled one by one.
+        group_pairs: of K answers with scores, train on all pairs or on best against worst.
+        soft_labels: what `p_chosen` below 1 does; see `prefopt.losses.LossSettings`.
+        reference_cache: folder in which reference log-probabilities are kept for other runs. With
+            `precompute_ref_log_probs` and None it lies in prefopt's cache folder.
+        simpo_gamma: target margin of the `simpo` loss.
+        orpo_lambda: weight of the odds ratio in the `orpo` loss.
+        dpop_lambda: weight of the penalty in the `dpop` loss.
+        rdpo_alpha: reward taken off for each token in the `rdpo` loss.
+        rao_kupper_nu: how likely ties are in the `rao_kupper` loss.
+        davidson_nu: how likely ties are in the `davidson` loss.
+        infonca_temperature: of the scores in the `infonca` and `nca` losses.
+    """
+
+    micro_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that go through the model at once. None: 1024 on CPU, 16384 on GPU."
+        },
+    )
+    group_by_prompt: bool = field(
+        default=True,
+        metadata={
+            "help": "Let rows with the same prompt follow each other and share its computation."
+        },
+    )
+    group_pairs: str = field(
+        default="all",
+        metadata={
+            "help": "Of K answers with scores, train on all pairs or on best against worst.",
+            "choices": ["all", "best_worst"],
+        },
+    )
+    soft_labels: str = field(
+        default="expected",
+        metadata={
+            "help": "What p_chosen below 1 does to a loss.",
+            "choices": ["expected", "geometric", "robust", "ignore"],
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder for reference log-probabilities that other runs can use."},
+    )
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of the simpo loss."})
+    orpo_lambda: float = field(default=0.1, metadata={"help": "Weight of the odds ratio in orpo."})
+    dpop_lambda: float = field(default=50.0, metadata={"help": "Weight of the penalty in dpop."})
+    rdpo_alpha: float = field(default=0.01, metadata={"help": "Reward a token costs in rdpo."})
+    rao_kupper_nu: float = field(default=3.0, metadata={"help": "Ties in the rao_kupper loss."})
+    davidson_nu: float = field(default=1.0, metadata={"help": "Ties in the davidson loss."})
+    infonca_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the scores in infonca and nca."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            problems.append(f"micro_batch_tokens must be positive, got {self.micro_batch_tokens}")
+        if self.group_pairs not in ("all", "best_worst"):
+            problems.append(f"group_pairs must be all or best_worst, got {self.group_pairs!r}")
+        if self.max_length is not None and self.max_length < 2:
+            problems.append(f"max_length must be at least 2, got {self.max_length}")
+        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
+            problems.append(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
+        try:
+            self._check_losses()
+        except ValueError as error:
+            problems += str(error).splitlines()
+        if problems:
+            raise ValueError("DPOConfig: " + "; ".join(problems) + ".")
+
+    def pairwise(self) -> tuple[list[str], list[float]]:
+        """The pairwise losses with their weights."""
+        return self._part(lambda name: name not in LISTWISE_LOSSES)
+
+    def listwise(self) -> tuple[list[str], list[float]]:
+        """The losses on whole groups of answers with their weights."""
+        return self._part(lambda name: name in LISTWISE_LOSSES)
+
+    def _part(self, belongs: Callable[[str], bool]) -> tuple[list[str], list[float]]:
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        both = [(n, w) for n, w in zip(self.loss_type, weights, strict=True) if belongs(n)]
+        return [n for n, _ in both], [w for _, w in both]
+
+    def loss_settings(self) -> LossSettings:
+        """The numbers of the losses."""
+        return LossSettings(
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            f_divergence=self.f_divergence_type,
+            f_alpha=self.f_alpha_divergence_coef,
+            discopop_tau=self.discopop_tau,
+            simpo_gamma=self.simpo_gamma,
+            orpo_lambda=self.orpo_lambda,
+            dpop_lambda=self.dpop_lambda,
+            rdpo_alpha=self.rdpo_alpha,
+            rao_kupper_nu=self.rao_kupper_nu,
+            davidson_nu=self.davidson_nu,
+            soft_labels=self.soft_labels,  # type: ignore[arg-type]
+        )
+
+    def _check_losses(self) -> None:
+        names, weights = self.pairwise()
+        listwise, _ = self.listwise()
+        if names or not listwise:
+            check_losses(names, weights, self.loss_settings(), weighted_pairs=self.use_weighting)
+        if listwise and self.beta <= 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if listwise and self.f_divergence_type != "reverse_kl":
+            raise ValueError(f"{', '.join(listwise)} supports no f_divergence but reverse_kl")
+        if listwise and self.infonca_temperature <= 0:
+            raise ValueError(
+                f"infonca_temperature must be positive, got {self.infonca_temperature}"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """False for losses that replace the reference (SimPO, ORPO), alone or with each other."""
+        names, _ = self.pairwise()
+        free = [
+            name for name in names if name in PAIR_LOSSES and not PAIR_LOSSES[name].needs_reference
+        ]
+        replaced = any(name in ("simpo", "orpo") for name in free)
+        return bool(self.listwise()[0]) or len(free) < len(names) or not replaced
+
+
+def own_config(args: Any, model: Any) -> DPOConfig:
+    """The settings of a trainer: a default for None, and TRL's own config with our fields added."""
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "model")
+        return DPOConfig(f"{str(name).rstrip('/').split('/')[-1] or 'model'}-DPO")
+    if isinstance(args, DPOConfig):
+        config: DPOConfig = args
+        return config
+    if not isinstance(args, trl.DPOConfig):
+        raise TypeError(f"args must be a DPOConfig, got {type(args).__name__}.")
+    # A script may still use TRL's own config: the same fields, ours at their defaults.
+    own: DPOConfig = copy.copy(args)
+    own.__class__ = DPOConfig
+    for name, spec in DPOConfig.__dataclass_fields__.items():
+        if not hasattr(own, name):
+            setattr(own, name, spec.default)
+    return own

@@ -1,0 +1,789 @@
+"""A preference dataset -> a trained policy: TRL's `DPOTrainer`, on tree batches.
+
+    from prefopt import DPOConfig, DPOTrainer        # instead of: from trl import ...
+
+Constructor, columns, metrics and checkpoints are TRL's; the loop is `transformers.Trainer`'s. One
+optimiser step takes all its rows at once, merges those that share a prompt, distributes the trees
+over micro-batches by tokens, and divides by the true counts of the whole step, so the gradient is
+the same for every split over micro-batches, accumulation steps and processes.
+
+Where to look: rows `preference_rows`, models `tree_model`, reference `reference`, losses
+`prefopt.losses`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import trl
+from torch import Tensor
+
+from prefopt.errors import TrainingError
+from prefopt.logprobs import TokenScores, by_answer, discounted_logps, sum_by_answer
+from prefopt.losses import (
+    PairBatch,
+    infonca_loss,
+    nca_loss,
+    pair_losses,
+    plackett_luce_loss,
+    wpo_weights,
+)
+from prefopt.progress import progress_bar
+from prefopt.training.dpo_config import DPOConfig as DPOConfig
+from prefopt.training.dpo_config import own_config
+from prefopt.training.policy_setup import (
+    balancing_loss_weight,
+    check_arguments,
+    disable_dropout,
+    load_policy,
+    loading_options,
+    offloading_context,
+    prepare_reference,
+    text_tokenizer,
+    with_adapter,
+)
+from prefopt.training.preference_rows import (
+    TOKEN_COLUMNS,
+    MicroBatch,
+    PreferenceRows,
+    PromptGroupSampler,
+    RowCollator,
+    plan_micro_batches,
+    read_row,
+    rows_from_padded,
+    tokenize_preferences,
+    usable_rows,
+)
+from prefopt.training.reference import (
+    Reference,
+    ReferenceCache,
+    ReferenceScorer,
+    weights_fingerprint,
+)
+from prefopt.training.tree_model import (
+    AnswerScores,
+    base_model,
+    choose_scoring,
+    score_answers,
+    tree_attention,
+)
+
+logger = logging.getLogger(__name__)
+
+# Tokens a micro-batch feeds, unless the user says otherwise: enough rows for fast matrix products,
+# few enough that their activations fit beside the weights.
+_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """The micro-batches of one call of `training_step`, and the counts of the whole optimiser step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    n_rows: float
+    mean_chosen_length: float
+    n_tokens: int
+
+
+class _Averages:
+    """Weighted sums of metrics, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor, weights: Tensor) -> None:
+        """Add values (N,) with their weights (N,)."""
+        pair = torch.stack(((values.double() * weights).sum(), weights.double().sum()))
+        self._sums.setdefault(name, []).append(pair)
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """The means over all processes; the sums start anew."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = torch.stack([torch.stack(self._sums[name]).sum(0) for name in names])
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums, reduction="sum")
+        self._sums.clear()
+        return {
+            name: float(total / count) if count else 0.0
+            for name, (total, count) in zip(names, sums.tolist(), strict=True)
+        }
+
+
+class DPOTrainer(transformers.Trainer):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) on tree batches.
+
+    A drop-in for `trl.DPOTrainer`: the same arguments, columns, metrics and checkpoints.
+
+    Args:
+        model: a name, a causal language model, or a `PeftModel`.
+        ref_model: the reference; None takes the policy as it is before training: the base model
+            with the adapter off, a frozen copy of an adapter that came with `model`, or a copy of
+            the whole model.
+        args: a `DPOConfig`, or TRL's.
+        data_collator: None for token rows; TRL's collator is understood.
+        train_dataset: rows as `prefopt.training.preference_rows` lists them.
+        eval_dataset: the same, one or several.
+        processing_class: the tokenizer.
+        compute_metrics: as for `transformers.Trainer`; costs another forward pass with all logits.
+        callbacks: as for `transformers.Trainer`.
+        optimizers: as for `transformers.Trainer`.
+        quantization_config: for a model given by name.
+        peft_config: adapter to train.
+
+    Raises:
+        ValueError: settings that exclude each other; said before anything is loaded.
+        DataError: no row of a dataset can be used.
+        TrainingError: policy and reference differ before the first step, or a loss is not finite.
+    """
+
+    _tag_names = ("prefopt", "dpo")
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: trl.DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        args = own_config(args, model)
+        check_arguments(model, ref_model, args, train_dataset, peft_config)
+        transformers.set_seed(args.seed)  # before the adapter's weights are drawn
+        revision = None
+        if isinstance(model, str):
+            options = loading_options(args, quantization_config)
+            revision = options.get("revision")
+            model = load_policy(model, options)
+        elif quantization_config is not None:
+            raise ValueError("quantization_config needs the model by name; got a loaded model.")
+        elif args.model_init_kwargs is not None:
+            logger.warning("model_init_kwargs are not used: the model is loaded already")
+        tokenizer = text_tokenizer(processing_class, model, args, revision)
+        self._refuse_images(train_dataset)
+        for config in (model.config.get_text_config(), model.generation_config):
+            if config is not None:
+                config.pad_token_id = tokenizer.pad_token_id
+
+        model, kind = with_adapter(model, ref_model, peft_config, args)
+        if args.disable_dropout:
+            disable_dropout(model)
+        if args.gradient_checkpointing and kind.startswith("adapter"):
+            model.enable_input_require_grads()
+        if not args.needs_reference:
+            kind = "none"
+        initial = copy.deepcopy(model) if self._needs_copy(kind, args) else None
+
+        how = {
+            "max_length": args.max_length,
+            "truncation": args.truncation_mode,
+            "pair_choice": args.group_pairs,
+        }
+        self._row_options, self._text_processor = how, tokenizer
+        prepare = self._prepared
+        train_dataset = prepare(train_dataset, "train", args)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: prepare(part, name, args) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = prepare(eval_dataset, "eval", args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or RowCollator(**how),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class or tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs are visible to one process, which nn.DataParallel would use. Start with "
+                "accelerate launch or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        # What training_step returns is the share of the whole step's loss; nothing divides it again.
+        self.loss_is_scaled_for_ga = True
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(self._tag_names))
+        self._averages = {"train": _Averages(), "eval": _Averages()}
+        self._n_train_tokens = 0
+        self._offload = offloading_context(self.model, args)
+        self.aux_loss_enabled, self._aux_loss_weight = balancing_loss_weight(self.model, args)
+        self.scoring = choose_scoring(self.model, compiled=args.torch_compile)
+        self.ref_model = None if kind.startswith("adapter") else (ref_model or initial)
+        self._step_zero_checked = False
+        self._set_up_reference(kind, ref_model)
+        if args.sync_ref_model:
+            self.add_callback(
+                trl.SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator)
+            )
+        if args.precompute_ref_log_probs:
+            self._precompute()
+
+    # --- Setting up ------------------------------------------------------------------------------
+
+    @staticmethod
+    def _refuse_images(dataset: Any) -> None:
+        columns = next(iter(dataset))
+        if "image" in columns or "images" in columns:
+            raise ValueError(
+                "the dataset is vision-related (it has an image column), and this trainer takes "
+                "text only. Train a vision-language model with trl.DPOTrainer."
+            )
+
+    @staticmethod
+    def _needs_copy(kind: str, args: Any) -> bool:
+        return kind == "model copy" and not args.precompute_ref_log_probs
+
+    def _prepared(self, dataset: Any, name: str, args: Any) -> Any:
+        if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+            raise TypeError(
+                f"the {name} dataset must be a datasets.Dataset or IterableDataset, got "
+                f"{type(dataset).__name__}. datasets.Dataset.from_list makes one from a list of rows."
+            )
+        tokenized = tokenize_preferences(
+            dataset, self._text_processor, num_proc=args.dataset_num_proc, name=name
+        )
+        return usable_rows(tokenized, name=name, **self._row_options)
+
+    def _set_up_reference(self, kind: Any, given: Any) -> None:
+        args = self.args
+        module = self.model if self.ref_model is None else self.ref_model
+        if self.ref_model is not None:
+            if args.disable_dropout:
+                disable_dropout(self.ref_model)
+            self.ref_model.requires_grad_(False)
+            # Before anything shards it: how it is scored is found out on whole weights.
+            scoring = choose_scoring(self.ref_model)
+            self.ref_model = module = prepare_reference(self, self.ref_model)
+        else:
+            scoring = self.scoring
+        reference = Reference(kind, module)
+        folder = args.reference_cache
+        if folder is None and args.precompute_ref_log_probs:
+            home = Path(os.environ.get("PREFOPT_CACHE", Path.home() / ".cache" / "prefopt"))
+            folder = str(home / "reference")
+        fingerprint = ""
+        if folder is not None and kind != "none":
+            fingerprint = weights_fingerprint(reference, autocast=args.mixed_precision)
+        several_epochs = args.num_train_epochs > 1 or args.max_steps > 0
+        cache = ReferenceCache(
+            folder,
+            fingerprint,
+            in_memory=not args.sync_ref_model and (several_epochs or args.precompute_ref_log_probs),
+        )
+        self.reference = ReferenceScorer(
+            reference,
+            scoring,
+            cache,
+            pad_token_id=self._pad_token_id,
+            autocast=self.accelerator.autocast,
+        )
+        logger.info("the reference is %s", reference)
+
+    @property
+    def _pad_token_id(self) -> int:
+        return int(self._text_processor.pad_token_id or 0)
+
+    @property
+    def _budget(self) -> int:
+        default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
+        return int(self.args.micro_batch_tokens or default)
+
+    def _precompute(self) -> None:
+        if self.reference.reference.kind == "none":
+            return
+        self.train_dataset = self._with_reference(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, Mapping):
+            self.eval_dataset = {
+                name: self._with_reference(part, name) for name, part in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
+        if not self.reference.reference.kind.startswith("adapter"):
+            self.reference.release_model()
+            self.ref_model = None
+
+    def _with_reference(self, dataset: Any, name: str) -> Any:
+        """Compute the reference of all answers of a dataset; pairs get TRL's columns with sums."""
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError(
+                "precompute_ref_log_probs=True is not supported with IterableDataset. Give a "
+                "datasets.Dataset, or set precompute_ref_log_probs=False."
+            )
+        rows = [read_row(row, **self._row_options) for row in dataset]
+        plan = plan_micro_batches(rows, self._budget)  # type: ignore[arg-type]
+        bar = progress_bar(
+            total=sum(len(batch.trees) for batch in plan),
+            description=f"reference ({name})",
+            unit="prompt",
+            show=self.accelerator.is_main_process and not self.args.disable_tqdm,
+        )
+        # Each process takes its share; what the others computed comes through the cache on disk.
+        mine = plan[self.accelerator.process_index :: self.accelerator.num_processes]
+        sums = torch.zeros(len(rows), 2, dtype=torch.float64)
+        with bar:
+            for batch in mine:
+                self._reference_sums(batch, sums)
+                bar.update(len(batch.trees) * self.accelerator.num_processes)
+        if self.accelerator.num_processes > 1:
+            on_device = sums.to(self.args.device)
+            sums = self.accelerator.reduce(on_device, reduction="sum").cpu()
+        if any(len(row.sequences) > 2 for row in rows):  # type: ignore[union-attr]
+            return dataset
+        taken = [c for c in ("ref_chosen_logps", "ref_rejected_logps") if c in dataset.column_names]
+        dataset = dataset.remove_columns(taken)
+        dataset = dataset.add_column("ref_chosen_logps", sums[:, 0].tolist())
+        return dataset.add_column("ref_rejected_logps", sums[:, 1].tolist())
+
+    def _reference_sums(self, batch: MicroBatch, sums: Tensor) -> None:
+        logps = self.reference.token_logps(batch.trees, self.args.device)
+        lengths = torch.tensor([len(a) for tree in batch.trees for a in tree.answers])
+        answer_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        totals = sum_by_answer(logps.double().cpu(), answer_of, len(lengths))
+        for pair in batch.pairs:
+            sums[pair.row, 0], sums[pair.row, 1] = totals[pair.chosen], totals[pair.rejected]
+
+    # --- Batches ---------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(TOKEN_COLUMNS)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if (
+            not isinstance(dataset, datasets.Dataset)
+            or self.args.train_sampling_strategy != "random"
+        ):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        prompts: Sequence[Any] = range(len(dataset))
+        if self.args.group_by_prompt:
+            prompts = [tuple(ids) for ids in dataset["prompt_ids"]]
+        return PromptGroupSampler(prompts, seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[PlannedBatch], None]:
+        """All rows of one optimiser step, merged and distributed anew over its calls."""
+        batches = []
+        for _ in range(num_batches):
+            with contextlib.suppress(StopIteration):
+                batches.append(next(epoch_iterator))
+        rows = [row for batch in batches for row in _rows(batch).rows]
+        if not rows:
+            return [], None
+        plan = plan_micro_batches(rows, self._budget)
+        n_rows = float(len(rows))
+        chosen = sum(
+            pair.weight * len(row.sequences[pair.chosen].answer_ids)
+            for row in rows
+            for pair in row.pairs
+        )
+        if self.accelerator.num_processes > 1:
+            counts = torch.tensor([n_rows, chosen], dtype=torch.float64, device=device)
+            n_rows, chosen = self.accelerator.reduce(counts, reduction="sum").tolist()
+        # The last call must not be empty: it is the one in which processes add up their gradients.
+        shares = [plan[len(plan) * i // len(batches) : len(plan) * (i + 1) // len(batches)]
+                  for i in range(len(batches))]  # fmt: skip
+        if not shares[-1]:
+            shares[-1] = [next(share for share in reversed(shares) if share).pop()]
+        n_tokens = sum(row.n_tokens for row in rows)
+        return [
+            PlannedBatch(tuple(share), n_rows, chosen / n_rows, n_tokens if i == 0 else 0)
+            for i, share in enumerate(shares)
+        ], None
+
+    def _plan_alone(self, inputs: Any) -> PlannedBatch:
+        """A batch that is a whole step by itself, as in evaluation."""
+        if isinstance(inputs, PlannedBatch):
+            return inputs
+        rows = _rows(inputs).rows
+        chosen = sum(
+            pair.weight * len(row.sequences[pair.chosen].answer_ids)
+            for row in rows
+            for pair in row.pairs
+        )
+        plan = plan_micro_batches(rows, self._budget)
+        n_tokens = sum(row.n_tokens for row in rows)
+        return PlannedBatch(tuple(plan), float(len(rows)), chosen / len(rows), n_tokens)
+
+    # --- Loss ------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: Any, inputs: PlannedBatch, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of some micro-batches; the gradients of the step add up to its mean."""
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        total = torch.zeros((), device=self.args.device)
+        options: dict[str, Any] = {}
+        if (
+            self.accelerator.distributed_type
+            == transformers.training_args.DistributedType.DEEPSPEED
+        ):
+            options["scale_wrt_gas"] = False
+        for index, micro_batch in enumerate(inputs.micro_batches):
+            last = index == len(inputs.micro_batches) - 1
+            wait = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            with wait, self._offload, tree_attention(self.model, self.scoring):
+                loss = self._micro_batch_loss(model, micro_batch, inputs, "train")
+                # Processes average their gradients; the step's mean is over the rows of all of them.
+                self.accelerator.backward(loss * self.accelerator.num_processes, **options)
+            total += loss.detach()
+        return total * self.accelerator.num_processes
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean loss of a batch of rows."""
+        planned = self._plan_alone(inputs)
+        mode = "train" if model.training else "eval"
+        with tree_attention(self.model, self.scoring):
+            losses = [
+                self._micro_batch_loss(model, micro_batch, planned, mode)
+                for micro_batch in planned.micro_batches
+            ]
+        loss = torch.stack(losses).sum()
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _micro_batch_loss(
+        self, model: Any, micro_batch: MicroBatch, step: PlannedBatch, mode: str
+    ) -> Tensor:
+        """The micro-batch's share of the step's mean loss."""
+        args, device = self.args, self.args.device
+        batch = self.scoring.batch(micro_batch.trees, self._pad_token_id).to(device)
+        scores = score_answers(
+            model,
+            batch,
+            self.scoring,
+            log_sum_sq=args.use_weighting,
+            aux_loss=self.aux_loss_enabled,
+        )
+        answers = _Answers(scores.tokens, batch.answer_of, batch.lengths)
+        if self.reference.reference.kind == "none":
+            reference = torch.zeros_like(answers.tokens.logprobs)
+        else:
+            reference = self.reference.token_logps(micro_batch.trees, device)
+        policy = answers.tokens.logprobs
+        self._check_step_zero(policy, reference, mode)
+        pairs = _Pairs.of(micro_batch, device)
+        compared = self._compared(answers, reference, pairs, step.mean_chosen_length)
+        losses = self._pair_losses(compared, answers, pairs)
+        groups = self._group_losses(answers, reference, micro_batch)
+        if not bool(torch.isfinite(losses.sum() + groups.sum())):
+            self._stop_at(micro_batch, pairs, losses, answers)
+        loss = ((losses * pairs.weight).sum() + groups.sum()) / step.n_rows
+        if scores.aux_loss is not None:
+            share = pairs.weight.sum() / step.n_rows
+            loss = loss + self._aux_loss_weight * share * scores.aux_loss
+        with torch.no_grad():
+            self._measure(mode, compared, answers, pairs, scores, loss * step.n_rows)
+        return loss
+
+    def _compared(
+        self, answers: _Answers, reference: Tensor, pairs: _Pairs, mean_chosen_length: float
+    ) -> PairBatch:
+        """What the losses read: sums over answers, discounted where LD-DPO asks for it."""
+        lengths = answers.lengths
+        plain = answers.sums(answers.tokens.logprobs)
+        if self.args.ld_alpha is None:
+            policy, ref = plain, answers.sums(reference)
+            sides = [x[i] for x in (policy, ref) for i in (pairs.chosen, pairs.rejected)]
+        else:
+            shared = torch.minimum(lengths[pairs.chosen], lengths[pairs.rejected])
+            sides = [
+                discounted_logps(rows, i, shared, self.args.ld_alpha)
+                for rows in (answers.rows(answers.tokens.logprobs), answers.rows(reference))
+                for i in (pairs.chosen, pairs.rejected)
+            ]
+        chosen, rejected, ref_chosen, ref_rejected = sides
+        return PairBatch(
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            ref_chosen_logps=ref_chosen,
+            ref_rejected_logps=ref_rejected,
+            chosen_lengths=lengths[pairs.chosen],
+            rejected_lengths=lengths[pairs.rejected],
+            p_chosen=pairs.p_chosen,
+            chosen_nll=-plain[pairs.chosen],
+            mean_chosen_length=mean_chosen_length,
+        )
+
+    def _pair_losses(self, compared: PairBatch, answers: _Answers, pairs: _Pairs) -> Tensor:
+        names, weights = self.args.pairwise()
+        if not names:
+            return torch.zeros_like(pairs.weight)
+        losses = pair_losses(names, weights, compared, self.args.loss_settings())
+        if self.args.use_weighting:
+            aligned = answers.tokens.logprobs.detach() - answers.tokens.log_sum_sq
+            weight = wpo_weights(answers.sums(aligned), answers.lengths)
+            losses = losses * weight[pairs.chosen] * weight[pairs.rejected]
+        return losses
+
+    def _group_losses(
+        self, answers: _Answers, reference: Tensor, micro_batch: MicroBatch
+    ) -> Tensor:
+        """Losses of whole groups (G,), or an empty tensor when none is asked for."""
+        names, weights = self.args.listwise()
+        if not names:
+            return answers.tokens.logprobs.new_zeros(0)
+        groups = [(g.answers, g.scores) for g in micro_batch.groups]
+        paired = {g.row for g in micro_batch.groups}
+        # A pair is a group of two with a better and a worse answer.
+        groups += [
+            ((p.chosen, p.rejected), (1.0, 0.0)) for p in micro_batch.pairs if p.row not in paired
+        ]
+        width = max(len(members) for members, _ in groups)
+        device = reference.device
+        index = torch.zeros(len(groups), width, dtype=torch.long)
+        given = torch.zeros(len(groups), width)
+        mask = torch.zeros(len(groups), width, dtype=torch.bool)
+        for row, (members, scores) in enumerate(groups):
+            order = sorted(range(len(members)), key=lambda i: -scores[i])
+            index[row, : len(members)] = torch.tensor([members[i] for i in order])
+            given[row, : len(members)] = torch.tensor([scores[i] for i in order])
+            mask[row, : len(members)] = True
+        index, given, mask = index.to(device), given.to(device), mask.to(device)
+        ratios = answers.sums(answers.tokens.logprobs - reference)
+        rewards = self.args.beta * ratios[index]
+        losses: dict[str, Callable[[], Tensor]] = {
+            "plackett_luce": lambda: plackett_luce_loss(rewards, mask),
+            "infonca": lambda: infonca_loss(
+                rewards, given, mask, temperature=self.args.infonca_temperature
+            ),
+            "nca": lambda: nca_loss(
+                rewards, given, mask, temperature=self.args.infonca_temperature
+            ),
+        }
+        return torch.stack([w * losses[n]() for n, w in zip(names, weights, strict=True)]).sum(0)
+
+    def _check_step_zero(self, policy: Tensor, reference: Tensor, mode: str) -> None:
+        """Before the first step the policy is the reference; anything else is another experiment."""
+        if self._step_zero_checked or mode != "train":
+            return
+        self._step_zero_checked = True
+        if self.state.global_step > 0 or not self.reference.reference.is_initial_policy:
+            return
+        low = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype.itemsize < 4
+        allowed = (5e-2 if low else 1e-3) * (1.0 + policy.detach().abs())
+        off = (policy.detach() - reference).abs()
+        if bool((off > allowed).any()):
+            raise TrainingError(
+                f"before the first step policy and reference differ by up to {float(off.max()):.3g} "
+                f"nats a token, so training would pull the model towards another one. The reference "
+                f"is {self.reference.reference}. Usual causes: adapter weights whose initial update "
+                "is not 0 (PiSSA, OLoRA, gaussian B), or dropout that is on. Give ref_model to "
+                "choose the reference yourself."
+            )
+
+    def _stop_at(
+        self, micro_batch: MicroBatch, pairs: _Pairs, losses: Tensor, answers: _Answers
+    ) -> None:
+        totals = answers.sums(answers.tokens.logprobs.detach())
+        bad = [i for i, value in enumerate(losses.tolist()) if not math.isfinite(value)]
+        lines = []
+        prompt_of = [t.prompt_ids for t in micro_batch.trees for _ in t.answers]
+        for i in bad[:5]:
+            pair = micro_batch.pairs[i]
+            prompt = self._text_processor.decode(prompt_of[pair.chosen])
+            lines.append(
+                f"prompt {prompt[-80:]!r}: loss {losses[i].item():g}, log-probability of chosen "
+                f"{totals[pair.chosen].item():g}, of rejected {totals[pair.rejected].item():g}"
+            )
+        listed = "\n  - ".join(["", *lines])
+        raise TrainingError(
+            f"the loss is not finite at step {self.state.global_step + 1}; the weights are as they "
+            f"were after step {self.state.global_step}. Lower the learning rate, train in float32, "
+            f"or leave out the rows:{listed}"
+        )
+
+    # --- Metrics ---------------------------------------------------------------------------------
+
+    def _measure(
+        self,
+        mode: str,
+        compared: PairBatch,
+        answers: _Answers,
+        pairs: _Pairs,
+        scores: AnswerScores,
+        loss: Tensor,
+    ) -> None:
+        add, weight = self._averages[mode].add, pairs.weight
+        beta = self.args.beta
+        chosen = beta * compared.chosen_logratios
+        rejected = beta * compared.rejected_logratios
+        add("rewards/chosen", chosen, weight)
+        add("rewards/rejected", rejected, weight)
+        add("rewards/accuracies", (chosen > rejected).double(), weight)
+        add("rewards/margins", chosen - rejected, weight)
+        add("logps/chosen", compared.chosen_logps, weight)
+        add("logps/rejected", compared.rejected_logps, weight)
+        lengths = answers.lengths.double()
+        n_chosen, n_rejected = lengths[pairs.chosen], lengths[pairs.rejected]
+        logits = answers.sums(answers.tokens.mean_logit)
+        add("logits/chosen", logits[pairs.chosen] / n_chosen, weight * n_chosen)
+        add("logits/rejected", logits[pairs.rejected] / n_rejected, weight * n_rejected)
+        entropy = answers.sums(answers.tokens.entropy)
+        both = entropy[pairs.chosen] + entropy[pairs.rejected]
+        add("entropy", both / (n_chosen + n_rejected), weight * (n_chosen + n_rejected))
+        right = answers.sums(answers.tokens.is_top1.float())
+        add("mean_token_accuracy", right[pairs.chosen] / n_chosen, weight * n_chosen)
+        if scores.aux_loss is not None:
+            add("aux_loss", scores.aux_loss.expand(1), weight.sum()[None])
+        if mode == "eval":
+            rows = weight.sum()[None]
+            add("loss", loss.expand(1) / rows, rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last call to what the loop logs."""
+        if self.model.training:
+            logs.update(self._averages["train"].read(self.accelerator))
+            logs["num_tokens"] = float(self._n_train_tokens)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; a dataset given here is prepared like the others."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            if isinstance(eval_dataset, Mapping):
+                parts = {n: self._prepared(d, n, self.args) for n, d in eval_dataset.items()}
+            else:
+                parts = {"": self._prepared(eval_dataset, "eval", self.args)}
+            self._check_evaluable(parts)
+            metrics: dict[str, float] = {}
+            for name, part in parts.items():
+                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+                metrics.update(super().evaluate(part, ignore_keys, prefix))
+            return metrics
+        found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return found
+
+    def _check_evaluable(self, parts: Mapping[str, Any]) -> None:
+        if not self.args.precompute_ref_log_probs:
+            return
+        kind = self.reference.reference.kind
+        for part in parts.values():
+            if not isinstance(part, datasets.Dataset):
+                raise ValueError(
+                    "precompute_ref_log_probs=True is not supported with IterableDataset. Give a "
+                    "datasets.Dataset, or set precompute_ref_log_probs=False."
+                )
+        if self.state.global_step > 0 and not kind.startswith("adapter") and kind != "none":
+            raise ValueError(
+                "Cannot compute reference log-probs for a dataset passed to evaluate() after "
+                "training has started: the reference was released once it was precomputed. Give the "
+                "dataset as eval_dataset when the trainer is made, or set "
+                "precompute_ref_log_probs=False."
+            )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, with means over the true counts."""
+        self._averages["eval"] = _Averages()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for name, value in self._averages["eval"].read(self.accelerator).items():
+            output.metrics[f"{prefix}_{name}"] = value
+        output.metrics[f"{prefix}_num_tokens"] = float(self._n_train_tokens)
+        return output
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss of one batch, and for `compute_metrics` the logits of its rows, padded."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        if prediction_loss_only:
+            return loss, None, None
+        from prefopt.trees import AnswerTree, pad_trees
+
+        rows = [
+            AnswerTree(prompt, (answer,))
+            for side in (0, 1)
+            for row in _rows(inputs).rows
+            for prompt, answer in row.sequences[side : side + 1]
+        ]
+        batch = pad_trees(rows, self._pad_token_id).to(self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
+        return loss, logits, batch.input_ids
+
+    # --- What the loop asks of a batch -----------------------------------------------------------
+
+    def _track_num_input_tokens(self, inputs: PlannedBatch) -> None:
+        tokens = torch.tensor(inputs.n_tokens, device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            tokens = self.accelerator.reduce(tokens, reduction="sum")
+        self._n_train_tokens += int(tokens)
+        if self.args.include_num_input_tokens_seen not in ("no", False):
+            self.state.num_input_tokens_seen += int(tokens)
+
+    def floating_point_ops(self, inputs: PlannedBatch) -> int:
+        """Six a parameter and token fed, the usual estimate."""
+        fed = sum(tree.n_tokens for batch in inputs.micro_batches for tree in batch.trees)
+        return 6 * fed * int(base_model(self.model).num_parameters(exclude_embeddings=True))
+
+
+class _Answers:
+    """The scored tokens of a micro-batch, and how to add them up."""
+
+    def __init__(self, tokens: TokenScores, answer_of: Tensor, lengths: Tensor) -> None:
+        self.tokens, self.answer_of, self.lengths = tokens, answer_of, lengths
+
+    def sums(self, values: Tensor) -> Tensor:
+        """(R,) -> (A,)."""
+        return sum_by_answer(values, self.answer_of, self.lengths.numel())
+
+    def rows(self, values: Tensor) -> Tensor:
+        """(R,) -> (A, L)."""
+        return by_answer(values, self.answer_of, self.lengths)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    chosen: Tensor  # (N,)
+    rejected: Tensor  # (N,)
+    p_chosen: Tensor  # (N,)
+    weight: Tensor  # (N,)
+
+    @classmethod
+    def of(cls, batch: MicroBatch, device: torch.device) -> _Pairs:
+        index = torch.tensor([p[:2] for p in batch.pairs], device=device)
+        numbers = torch.tensor([p[2:4] for p in batch.pairs], device=device, dtype=torch.float32)
+        return cls(index[:, 0], index[:, 1], numbers[:, 0], numbers[:, 1])
+
+
+def _rows(batch: Any) -> PreferenceRows:
+    return batch if isinstance(batch, PreferenceRows) else rows_from_padded(batch)

@@ -1,0 +1,279 @@
+"""What DPO compares the policy with, and its log-probabilities, computed once for each answer.
+
+A reference is the model with its adapter off, a frozen copy of an adapter, a copy of the whole
+model, or a model that was given. Its log-probabilities are kept token by token under the ids of
+prompt and answer, so no choice of loss, beta, pairs or truncation can make them stale: a changed
+sequence is another key, and changed weights are another fingerprint.
+
+Knows nothing of losses or the training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefopt.errors import TrainingError
+from prefopt.training.tree_model import Scoring, base_model, score_answers, tree_attention
+from prefopt.trees import AnswerTree
+
+ReferenceKind = Literal["adapter off", "adapter copy", "model copy", "given model", "none"]
+
+COPY_NAME = "ref"
+
+
+class Reference(NamedTuple):
+    """Which model is the reference.
+
+    `model` is the module to run: the policy itself for the two adapter kinds, None for "none".
+    """
+
+    kind: ReferenceKind
+    model: Any
+
+    @property
+    def is_initial_policy(self) -> bool:
+        """Whether policy and reference must agree before the first step."""
+        return self.kind in ("adapter off", "adapter copy", "model copy")
+
+    def __str__(self) -> str:
+        said = {
+            "adapter off": "the base model (adapter off)",
+            "adapter copy": "a frozen copy of the adapter as it is now",
+            "model copy": "a frozen copy of the model as it is now",
+            "given model": "the model given as ref_model",
+            "none": "not used by these losses",
+        }
+        return said[self.kind]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[Any]:
+        """Within the block the reference's weights are in force, without gradient or dropout."""
+        modes = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad(), _adapter(self.model, self.kind):
+                yield self.model
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
+def _adapter(model: Any, kind: ReferenceKind) -> Iterator[None]:
+    if kind == "adapter off":
+        with model.disable_adapter():
+            yield
+    elif kind == "adapter copy":
+        # PEFT's set_adapter also decides which parameters train; that is put back as it was.
+        trains = {id(p): p.requires_grad for p in model.parameters()}
+        before = model.active_adapter
+        model.set_adapter(COPY_NAME)
+        try:
+            yield
+        finally:
+            model.set_adapter(before)
+            for parameter in model.parameters():
+                parameter.requires_grad_(trains[id(parameter)])
+    else:
+        yield
+
+
+def copy_adapter(model: Any) -> None:
+    """Add a frozen copy of a PEFT model's adapter under the name "ref"."""
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    active = model.active_adapter
+    model.add_adapter(COPY_NAME, model.peft_config[active])
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{active}." in name:
+            parameters[name.replace(f".{active}.", f".{COPY_NAME}.")].data.copy_(parameter.data)
+    model.set_adapter(active)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trains)
+
+
+def sequence_key(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> bytes:
+    """SHA-256 of the ids of a prompt and an answer, and of where one ends and the other begins."""
+    digest = hashlib.sha256(len(prompt_ids).to_bytes(8, "little"))
+    digest.update(np.asarray((*prompt_ids, *answer_ids), dtype="<i8").tobytes())
+    return digest.digest()
+
+
+def weights_fingerprint(reference: Reference, *, autocast: str = "no") -> str:
+    """A hash of every number that makes the reference: its weights, their types and the precision.
+
+    Names and paths do not enter, so a checkpoint that was overwritten has another fingerprint.
+    """
+    skip = "lora_" if reference.kind == "adapter off" else None
+    digest = hashlib.sha256(f"prefopt reference 1, autocast {autocast}".encode())
+    with reference.active() as model:
+        base = base_model(model)
+        digest.update(type(base).__name__.encode())
+        settings = base.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            settings.pop(name, None)
+        digest.update(repr(sorted(settings.items())).encode())
+        if reference.kind == "adapter copy":
+            digest.update(repr(sorted(model.peft_config[COPY_NAME].to_dict().items())).encode())
+        for name, tensor in _state(model):
+            if skip is not None and skip in name:
+                continue
+            # Only the copy's weights count, under the name they have in the adapter they copy.
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            data = tensor.detach().cpu().contiguous()
+            digest.update(data.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _state(model: Any) -> Iterator[tuple[str, Tensor]]:
+    adapters = set(getattr(model, "peft_config", ())) - {COPY_NAME}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not any(f".{adapter}." in name for adapter in adapters):
+            yield name, tensor
+
+
+class ReferenceCache:
+    """Reference log-probabilities of answers, in memory and, with a folder, on disk.
+
+    The file is one SQLite database that any number of runs share, also at the same time; a killed
+    run keeps what it had written.
+
+    Args:
+        folder: where `reference.sqlite` lies or shall be made; None keeps nothing on disk.
+        fingerprint: of the reference's weights.
+        in_memory: whether to keep log-probabilities in memory.
+    """
+
+    def __init__(
+        self, folder: str | Path | None, fingerprint: str, *, in_memory: bool = True
+    ) -> None:
+        self._memory: dict[bytes, np.ndarray[Any, Any]] = {}
+        self._in_memory = in_memory
+        self._fingerprint = fingerprint
+        self._path = None if folder is None else Path(folder) / "reference.sqlite"
+        self._database: sqlite3.Connection | None = None
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(self._path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            database = sqlite3.connect(path, timeout=60.0)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            with database:
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS token_logps (fingerprint TEXT, key BLOB, "
+                    "logps BLOB, PRIMARY KEY (fingerprint, key)) WITHOUT ROWID"
+                )
+        except sqlite3.DatabaseError as error:
+            raise TrainingError(
+                f"the reference cache {path} cannot be used ({error}). It holds only what can be "
+                "computed again: delete it, or give another reference_cache folder."
+            ) from error
+        self._database = database
+
+    def get(self, keys: Iterable[bytes]) -> dict[bytes, Tensor]:
+        """What is known, (R,) float32 an answer; keys that are not known are left out."""
+        found = {}
+        for key in keys:
+            values = self._memory.get(key)
+            if values is None and self._database is not None:
+                row = self._database.execute(
+                    "SELECT logps FROM token_logps WHERE fingerprint = ? AND key = ?",
+                    (self._fingerprint, key),
+                ).fetchone()
+                values = None if row is None else np.frombuffer(row[0], dtype="<f4")
+                if values is not None and self._in_memory:
+                    self._memory[key] = values
+            if values is not None:
+                found[key] = torch.from_numpy(values.copy())
+        return found
+
+    def put(self, values: Mapping[bytes, Tensor]) -> None:
+        """Keep the log-probabilities (R,) of some answers."""
+        arrays = {
+            key: value.detach().float().cpu().numpy().astype("<f4") for key, value in values.items()
+        }
+        if self._in_memory:
+            self._memory.update(arrays)
+        if self._database is not None:
+            with self._database:
+                self._database.executemany(
+                    "INSERT OR REPLACE INTO token_logps VALUES (?, ?, ?)",
+                    ((self._fingerprint, key, value.tobytes()) for key, value in arrays.items()),
+                )
+
+
+class ReferenceScorer:
+    """Token log-probabilities of answers under a reference; each sequence is computed once.
+
+    Args:
+        reference: which model it is.
+        scoring: how it is scored, as `choose_scoring` found for it.
+        cache: where what was computed is kept.
+        pad_token_id: for ways that pad.
+        autocast: makes the context in which the reference runs.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        scoring: Scoring,
+        cache: ReferenceCache,
+        *,
+        pad_token_id: int,
+        autocast: Any = contextlib.nullcontext,
+    ) -> None:
+        self.reference, self.cache = reference, cache
+        self._scoring, self._pad, self._autocast = scoring, pad_token_id, autocast
+        self.n_computed = 0
+
+    def release_model(self) -> None:
+        """Forget the model, so that its memory can be used; what is cached stays."""
+        self.reference = Reference(self.reference.kind, None)
+
+    def token_logps(self, trees: Sequence[AnswerTree], device: torch.device) -> Tensor:
+        """Log-probabilities (R,) of the answers' tokens, answer after answer, on `device`.
+
+        Raises:
+            TrainingError: an answer is not in the cache and the model was released.
+        """
+        keys = [[sequence_key(t.prompt_ids, a) for a in t.answers] for t in trees]
+        known = self.cache.get(key for tree in keys for key in tree)
+        missing = [
+            tree for tree, ks in zip(trees, keys, strict=True) if any(k not in known for k in ks)
+        ]
+        if missing:
+            computed = self._compute(missing, device)
+            self.cache.put(computed)
+            known |= computed
+        return torch.cat([known[key].to(device) for tree in keys for key in tree])
+
+    def _compute(self, trees: Sequence[AnswerTree], device: torch.device) -> dict[bytes, Tensor]:
+        if self.reference.model is None:
+            raise TrainingError(
+                f"{len(trees)} prompts have answers whose reference log-probabilities were not "
+                "precomputed, and the reference model is no longer in memory. Give their dataset "
+                "when the trainer is made, or give ref_model."
+            )
+        batch = self._scoring.batch(trees, self._pad).to(device)
+        with (
+            self.reference.active() as model,
+            tree_attention(model, self._scoring),
+            self._autocast(),
+        ):
+            scores = score_answers(model, batch, self._scoring, statistics=False)
+        self.n_computed += batch.n_answers
+        parts = scores.tokens.logprobs.float().split(batch.lengths.tolist())
+        names = (sequence_key(t.prompt_ids, a) for t in trees for a in t.answers)
+        return dict(zip(names, parts, strict=True))
