@@ -333,6 +333,66 @@ def people_table(seeds: range, n: int, n_people: int) -> list[Row]:
     return [over_seeds(rows, rule=rule) for rule, rows in by_rule.items()]
 
 
+# --- What is assumed, and what shows, of the errors a judge repeats -------------------------------
+
+ASSUMED = (1.0, 0.95, 0.9, 0.85)
+
+
+def assumed_table(seeds: range, n: int) -> list[Row]:
+    """Two answers a prompt, one judge: p_chosen when its reliability is assumed, not known.
+
+    Nothing in the verdicts shows it there. Trusting less is right for a judge that repeats errors and
+    too careful for one that does not.
+    """
+    table = []
+    for name in (REFERENCE, "slope 0.8, bias 0.6", "slope 3.0, bias 0.6", "repeated error, sd 0.7"):
+        for r in ASSUMED:
+
+            def fit(verdicts: Observations, start: LabelModel | None, r: float = r) -> LabelModel:
+                return fit_label_model(verdicts, reliability=r, start=start)
+
+            for rule in (PRICE, ACCURACY):
+                rows = [
+                    planned_pairs(World((WORLDS[name],), n, 2, seed), PLANS[rule], fit)
+                    for seed in seeds
+                ]
+                table.append(over_seeds(rows, world=name, rule=rule, assumed=r))
+    return table
+
+
+def rings_table(seeds: range, n: int) -> list[Row]:
+    """Four answers a prompt, one judge: repeated errors contradict each other around a ring."""
+    k = 4
+    ring = np.array([(i, (i + step) % k) for i in range(k) for step in (1, k - 1)])
+    wanted = np.array(
+        [(row, i, j) for row in range(n) for i, j in itertools.combinations(range(k), 2)]
+    )
+    table = []
+    for repeated in (0.0, 0.35, 0.7, 1.0):
+        by_rule: dict[str, list[Row]] = {}
+        for seed in seeds:
+            world = World((SimulatedJudge(repeated=repeated),), n, k, seed)
+            prompt = np.repeat(np.arange(n), len(ring))
+            first, second = np.tile(ring, (n, 1)).T
+            verdicts = observe(
+                prompt, first, second, np.zeros_like(prompt), world.ask(prompt, first, second)
+            )
+            better = world.q[wanted[:, 0], wanted[:, 1]] > world.q[wanted[:, 0], wanted[:, 2]]
+            for rule, model in {
+                "assuming no repeated error": fit_label_model(verdicts),
+                "estimated from rings": fit_label_model(verdicts, reliability="fitted"),
+            }.items():
+                found = model.p_prefer(verdicts, wanted)
+                p = np.maximum(found.p, 1 - found.p)
+                keep = choose_pairs(p, [str(x) for x in wanted], goal="accuracy", target=0.9)
+                row = labels(keep, (found.p > 0.5) == better, float(len(verdicts)), p)
+                row["reliability"] = model.judges[0].reliability
+                row["true_reliability"] = 2 / (2 + repeated**2)
+                by_rule.setdefault(rule, []).append(row)
+        table += [over_seeds(rows, repeated=repeated, rule=rule) for rule, rows in by_rule.items()]
+    return table
+
+
 # --- Panels and cascades ------------------------------------------------------------------------
 
 PANEL = (
@@ -539,7 +599,8 @@ def verdict_on_targets(results: dict[str, list[Row]]) -> list[Row]:
                 f"ECE of kept p_chosen <= 0.03: {row['world']}",
                 row["ece_pooled"],
                 (row["ece_pooled"] or np.inf) <= 0.03,
-                "one judge cannot show what it repeats; see the table with people"
+                "one judge cannot show it with two answers a prompt; see the tables on repeated "
+                "errors"
                 if "repeated" in row["world"]
                 else "",
             )
@@ -547,6 +608,14 @@ def verdict_on_targets(results: dict[str, list[Row]]) -> list[Row]:
         if row["rule"].startswith("fitted"):
             check(
                 f"ECE of kept p_chosen <= 0.03: repeated error, {row['rule']}",
+                row["ece_pooled"],
+                (row["ece_pooled"] or np.inf) <= 0.03,
+            )
+    for row in results["rings"]:
+        if row["rule"].startswith("estimated"):
+            check(
+                f"ECE of kept p_chosen <= 0.03: K = 4, one judge, repeated error of sd "
+                f"{row['repeated']:g}, {row['rule']}",
                 row["ece_pooled"],
                 (row["ece_pooled"] or np.inf) <= 0.03,
             )
@@ -570,6 +639,10 @@ def as_markdown(report: dict[str, Any]) -> str:
                   "ece_all_pooled", "ece_own_opinion"),
         "people": ("rule", "accuracy", "mean_p", "yield", "ece_pooled", "ece_all_pooled",
                    "reliability", "true_reliability"),
+        "rings": ("repeated", "rule", "accuracy", "mean_p", "yield", "ece_pooled", "ece_all_pooled",
+                  "reliability", "true_reliability"),
+        "assumed": ("world", "rule", "assumed", "accuracy", "yield", "calls_per_kept", "ece_pooled",
+                    "ece_all_pooled"),
         "panels": ("rule", "wanted", "accuracy", "yield", "calls_per_kept", "ece_pooled"),
         "best_and_worst": ("k", "rule", "calls_per_prompt", "gap", "accuracy", "is_best", "is_worst",
                            "ece", "waves"),
@@ -579,6 +652,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     titles = {
         "pairs": "Two answers a prompt, one judge",
         "people": "A judge that repeats its errors, with and without labels by people",
+        "rings": "Four answers a prompt in a ring, both orders, one judge that may repeat its errors",
+        "assumed": "Two answers a prompt, one judge: what an assumed reliability costs and saves",
         "panels": "Panels and cascades (calls counted by price)",
         "best_and_worst": "Best and worst of K answers",
         "kept_pairs": "All good pairs among K answers (pairs of one prompt are not independent)",
@@ -632,6 +707,8 @@ def measure(quick: bool) -> dict[str, Any]:
         "answers": (answers_tables, seeds, n_prompts, quick),
         "panels": (panel_table, seeds, n_pairs, quick),
         "people": (people_table, seeds, n_pairs, min(200, n_pairs // 2)),
+        "rings": (rings_table, seeds, 2 * n_prompts if not quick else 30),
+        "assumed": (assumed_table, seeds, n_pairs if not quick else 100),
     }
     if quick:
         done = {name: function(*rest) for name, (function, *rest) in tasks.items()}
