@@ -271,7 +271,7 @@ def test_other_prices_continue_the_same_job(config, tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "cannot be read.*No such file"),
+        (None, "cannot read the file of prices.*No such file"),
         (b"", "no file of prices.*Expected a JSON object.*output_usd_per_mtok"),
         (b"[]", "no file of prices: Expected `object`, got `array`"),
         (b'{"m": {"input_usd_per_mtok": 1}}', "missing required field"),

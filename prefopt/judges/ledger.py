@@ -150,7 +150,8 @@ class Ledger:
         except (sqlite3.Error, OSError) as error:
             raise DataError(
                 f"cannot open the judgement ledger {path}: {error}. Verdicts are paid for once and "
-                "kept here, so nothing is asked without it; choose a writable folder."
+                "kept here, so nothing is asked without it; choose a writable folder, or restore the "
+                "file where it was damaged."
             ) from error
         if path is not None:
             self._alive = FileLock(self._life_sign(self.owner))

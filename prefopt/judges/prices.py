@@ -100,7 +100,9 @@ def load_prices(path: str | Path) -> dict[str, ModelPrice]:
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=dict[str, ModelPrice])
     except OSError as error:
-        raise DataError(f"the file of prices cannot be read: {error}.") from error
+        raise DataError(
+            f"cannot read the file of prices {path}: {error.strerror or error}."
+        ) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         fields = ", ".join(f.name for f in msgspec.structs.fields(ModelPrice) if f.required)
         raise DataError(
