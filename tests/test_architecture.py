@@ -22,7 +22,7 @@ TEXT_SIDE = {
     "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "training.health",
 }  # fmt: skip
-MATH_SIDE = {"losses"}
+MATH_SIDE = {"losses", "logprobs", "lora_linear", "trees", "tree_attention"}
 
 
 def name_of(path):
