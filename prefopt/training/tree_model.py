@@ -94,13 +94,17 @@ def add_answer_scoring(model: Any) -> None:
     if getattr(model, "_prefopt_scores_answers", False):
         return
     original = model.forward
+    function = getattr(original, "__func__", None)
+    bound = function is not None and original.__self__ is model
 
     # The original signature stays visible: `generate` checks its arguments against it.
     @functools.wraps(original)
     def forward(self: Any, *args: Any, answers: Any = None, **kwargs: Any) -> Any:
+        # A deep copy of the model must run its own forward, not that of the model it was copied from.
+        call = types.MethodType(function, self) if bound else original
         if answers is None:
-            return original(*args, **kwargs)
-        return _score(self, original, answers, *args, **kwargs)
+            return call(*args, **kwargs)
+        return _score(self, call, answers, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
     model._prefopt_scores_answers = True
