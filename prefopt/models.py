@@ -243,7 +243,9 @@ def fused_lora(model: Any) -> Iterator[int]:
 
     Same mathematics as PEFT's own forward, without its passes over full-size intermediates. Left to
     PEFT are layers with dropout, DoRA, a trained bias, several active adapters, quantised or
-    trainable weights or mixed dtypes, and every call under autocast.
+    trainable weights, and mixed dtypes outside autocast. Under autocast all operands take its dtype,
+    as they do in PEFT's products, where each layer keeps a copy of its input that was cast to the
+    adapter's dtype and back.
     """
     import torch
     from peft.tuners.lora import Linear
@@ -259,9 +261,14 @@ def fused_lora(model: Any) -> Iterator[int]:
             return Linear.forward(layer, x, *args, **kwargs)
         name = active[0]
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if not x.dtype == base.weight.dtype == a.dtype or torch.is_autocast_enabled(x.device.type):
+        weight, bias = base.weight, base.bias
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, a, b = (t.to(dtype) for t in (x, weight, a, b))
+            bias = None if bias is None else bias.to(dtype)
+        if not x.dtype == weight.dtype == a.dtype:
             return Linear.forward(layer, x)
-        return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
+        return lora_linear(x, weight, bias, a, b, layer.scaling[name])
 
     layers = [m for m in model.modules() if type(m) is Linear and _is_plain_lora(m)]
     for layer in layers:
