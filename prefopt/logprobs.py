@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Positions a chunk of logits: 128 x 50k floats are 25 MB, below what allocators hand back at once.
+# Positions a chunk of logits. On a CPU 128 x 50k floats are 25 MB, below what allocators hand back at
+# once. A GPU would read the whole head for every 128 rows and wait for memory, so there a chunk has as
+# many as make half a gigabyte.
 _CHUNK = 128
+_GPU_LOGITS = 2**27
 
 
 class OutputHead(NamedTuple):
@@ -59,6 +62,11 @@ def score_tokens(
         hidden, head.weight, head.bias, targets, head.scale, head.softcap, wanted
     )
     return TokenScores(*out)
+
+
+def _chunk_rows(device_type: str, vocabulary: int) -> int:
+    """Positions that go through the head together."""
+    return _CHUNK if device_type == "cpu" else max(_CHUNK, _GPU_LOGITS // vocabulary)
 
 
 class _Wanted(NamedTuple):
@@ -108,8 +116,9 @@ class _ScoreTokens(torch.autograd.Function):
             # Entropy is log Z - sum_v p_v z_v. Where z is linear in the head that sum is h . (p W),
             # and p W is needed for the gradient anyway.
             entropy_from_gradient = gradient is not None and softcap is None and bias is None
-            for start in range(0, n, _CHUNK):
-                part = slice(start, start + _CHUNK)
+            rows = _chunk_rows(hidden.device.type, weight.shape[0])
+            for start in range(0, n, rows):
+                part = slice(start, start + rows)
                 target = targets[part, None]
                 z, slope = _logits(inputs[part], weight, bias, scale, softcap)
                 highest, best = z.max(-1, keepdim=True)
@@ -162,8 +171,9 @@ class _ScoreTokens(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         with torch.autocast(inputs.device.type, enabled=False):
-            for start in range(0, inputs.shape[0], _CHUNK):
-                part = slice(start, start + _CHUNK)
+            rows = _chunk_rows(inputs.device.type, weight.shape[0])
+            for start in range(0, inputs.shape[0], rows):
+                part = slice(start, start + rows)
                 z, slope = _logits(inputs[part], weight, bias, scale, softcap)
                 d = z.sub_(log_z[part, None]).exp_().neg_()  # -p
                 d[torch.arange(d.shape[0], device=d.device), targets[part]] += 1.0
