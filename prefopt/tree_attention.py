@@ -17,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.trees import TreeSpan, tree_segments
+from prefopt.trees import TreeSpan
+
+FLEX_BLOCK = 128
+"""Tokens along each side of a block of the mask that FlexAttention skips, checks or takes whole."""
+
+_MOST_GRAPHS = 64
 
 
 def segment_attention(
@@ -121,17 +126,75 @@ def flex_attention(
 
 
 def flex_block_mask(spans: Sequence[TreeSpan], device: torch.device | str) -> Any:
-    """The block mask of a tree batch; made once a batch and used by every layer."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The block mask of a tree batch; made once a batch and used by every layer.
 
-    tree, segment, in_prompt = tree_segments(spans, device)
+    Worked out from the spans in O(T * T / 128): `create_block_mask` would write the (T, T) mask to
+    memory first, 268 MB at 16,384 tokens and several times over.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
+    intervals = _tree_intervals(spans).to(device, non_blocking=True)
+    tree_start, prompt_end, segment_start = intervals
+
+    # Everything that is looked up belongs to the query, so a tile loads three short vectors.
     def allowed(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = segment[q] == segment[k]
-        return (q >= k) & (own | ((tree[q] == tree[k]) & in_prompt[k]))
+        in_prompt = (k >= tree_start[q]) & (k < prompt_end[q])
+        return (k <= q) & ((k >= segment_start[q]) | in_prompt)
 
-    length = tree.numel()
-    return create_block_mask(allowed, None, None, length, length, device=str(device))
+    length = tree_start.numel()
+    partial_blocks, full_blocks = _blocks_seen(tree_start, prompt_end, segment_start)
+    return BlockMask.from_kv_blocks(
+        *_listed(partial_blocks),
+        *_listed(full_blocks),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=allowed,
+        seq_lengths=(length, length),
+    )
+
+
+def _tree_intervals(spans: Sequence[TreeSpan]) -> Tensor:
+    """What each token sees up to itself: [tree start, prompt end) and [segment start, itself].
+
+    Returns:
+        (3, T) int32: tree start, prompt end and segment start of each token.
+    """
+    sizes, rows = [], []
+    for span in spans:
+        at, prompt_end = span.start, span.start + span.prompt_length
+        for size in (span.prompt_length, *span.answer_lengths):
+            sizes.append(size)
+            rows.append((span.start, prompt_end, at))
+            at += size
+    columns = torch.tensor(rows, dtype=torch.int32).t()
+    return torch.repeat_interleave(columns, torch.tensor(sizes), dim=1).contiguous()
+
+
+def _blocks_seen(
+    tree_start: Tensor, prompt_end: Tensor, segment_start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which blocks of keys a block of queries sees in part, and which wholly; (N, N) bool each."""
+    length, device = tree_start.numel(), tree_start.device
+    n_blocks = -(-length // FLEX_BLOCK)
+    place = torch.arange(n_blocks * FLEX_BLOCK, dtype=torch.int32, device=device)
+    first = place[::FLEX_BLOCK]
+    last = first + FLEX_BLOCK
+
+    def overlap(start: Tensor, end: Tensor) -> Tensor:
+        shared = torch.minimum(end[:, None], last) - torch.maximum(start[:, None], first)
+        return shared.clamp_(min=0)
+
+    seen = overlap(segment_start, place[:length] + 1)
+    seen += overlap(tree_start, torch.minimum(prompt_end, segment_start))
+    seen = F.pad(seen, (0, 0, 0, n_blocks * FLEX_BLOCK - length))
+    seen = seen.view(n_blocks, FLEX_BLOCK, n_blocks)
+    full = seen.amin(1) == FLEX_BLOCK
+    return (seen.amax(1) > 0) & ~full, full
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """A (N, N) choice of blocks as FlexAttention reads it: how many a row, and their indices."""
+    indices = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()
+    return blocks.sum(-1, dtype=torch.int32)[None, None], indices[None, None]
 
 
 @cache
@@ -139,9 +202,15 @@ def _flex(compiled: bool) -> Callable[..., Tensor]:
     from torch.nn.attention import flex_attention as flex
 
     plain: Callable[..., Tensor] = flex.flex_attention
+    if not compiled:
+        return plain
+    # One graph for each head shape, dtype and gradient mode that the process meets. Beyond the limit
+    # dynamo would run the plain function, which writes all scores to memory; `fullgraph` forbids it.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _MOST_GRAPHS)
     # Every batch has another length; without `dynamic` each would be compiled anew.
-    on_gpu: Callable[..., Tensor] = torch.compile(plain, dynamic=True)
-    return on_gpu if compiled else plain
+    on_gpu: Callable[..., Tensor] = torch.compile(plain, dynamic=True, fullgraph=True)
+    return on_gpu
 
 
 @cache

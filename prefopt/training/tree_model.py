@@ -28,7 +28,12 @@ from torch import Tensor
 from prefopt.errors import ModelError
 from prefopt.logprobs import OutputHead, TokenScores, score_tokens
 from prefopt.models import fused_lora
-from prefopt.tree_attention import flex_attention, flex_block_mask, segment_attention
+from prefopt.tree_attention import (
+    FLEX_BLOCK,
+    flex_attention,
+    flex_block_mask,
+    segment_attention,
+)
 from prefopt.trees import (
     AnswerTree,
     PaddedAnswers,
@@ -134,10 +139,10 @@ def score_answers(
         inputs["position_ids"] = batch.position_ids
         if scoring.backend == "dense":
             inputs["attention_mask"] = tree_mask(batch.spans, batch.input_ids.device)
+        elif scoring.backend == "flex":
+            inputs |= _whole_blocks(batch)
         else:
-            flex = scoring.backend == "flex"
-            mask = flex_block_mask(batch.spans, batch.input_ids.device) if flex else None
-            inputs["tree_route"] = _TreeRoute(batch.spans, mask)
+            inputs["tree_route"] = _TreeRoute(batch.spans, None)
     else:
         inputs["attention_mask"] = batch.attention_mask
     if aux_loss:
@@ -145,10 +150,36 @@ def score_answers(
     scores: AnswerScores = model(
         **inputs,
         answers=_Asked(
-            batch.predictor, batch.targets, scoring.way == "logits", statistics, log_sum_sq
+            batch.predictor,
+            batch.targets,
+            scoring.way == "logits",
+            statistics,
+            log_sum_sq,
+            batch.n_tokens,
         ),
     )
     return scores
+
+
+def _whole_blocks(batch: TreeBatch) -> dict[str, Any]:
+    """The row with a tail that nothing reads, up to whole blocks of FlexAttention.
+
+    A ragged last block is slower, and with soft-capping the backward kernel has given NaN for it
+    (pytorch issue 153799). Two blocks at least: the compiler would make another graph for one.
+    """
+    n_blocks = max(2, -(-batch.n_tokens // FLEX_BLOCK))
+    tail = n_blocks * FLEX_BLOCK - batch.n_tokens
+    ids, positions, spans = batch.input_ids, batch.position_ids, batch.spans
+    if tail:
+        ids = torch.nn.functional.pad(ids, (0, tail))
+        after = torch.arange(tail, dtype=positions.dtype, device=positions.device)
+        positions = torch.cat((positions, after[None]), dim=1)
+        spans = (*spans, TreeSpan(batch.n_tokens, tail, ()))
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "tree_route": _TreeRoute(spans, flex_block_mask(spans, ids.device)),
+    }
 
 
 class _Asked(NamedTuple):
@@ -157,13 +188,17 @@ class _Asked(NamedTuple):
     from_logits: bool
     statistics: bool
     log_sum_sq: bool
+    n_tokens: int
 
 
 def _score(model: Any, original: Any, asked: _Asked, *args: Any, **kwargs: Any) -> AnswerScores:
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     kwargs.pop("return_dict", None)
-    length = kwargs["input_ids"].shape[1] if "input_ids" in kwargs else None
-    length = kwargs["attention_mask"].shape[-1] if length is None else length
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.dim() == 4 and model.config._attn_implementation == "eager":
+        # transformers' own eager attention adds its mask to the scores.
+        lowest = torch.finfo(model.dtype).min
+        kwargs["attention_mask"] = torch.where(mask, 0.0, lowest).to(model.dtype)
     if asked.from_logits:
         out = original(*args, **kwargs)
         rows = out.logits.flatten(0, -2) if out.logits.dim() == 3 else out.logits
@@ -180,7 +215,7 @@ def _score(model: Any, original: Any, asked: _Asked, *args: Any, **kwargs: Any) 
         )
     balance = None
     if kwargs.get("output_router_logits"):
-        balance = _balancing_loss(model, out, kwargs.get("attention_mask"))
+        balance = _balancing_loss(model, out, kwargs.get("attention_mask"), asked.n_tokens)
     return AnswerScores(tokens, balance)
 
 
@@ -225,15 +260,14 @@ def output_head(model: Any) -> OutputHead:
     return OutputHead(head.weight, getattr(head, "bias", None), float(scale), softcap)
 
 
-def _balancing_loss(model: Any, out: Any, mask: Tensor | None) -> Tensor:
+def _balancing_loss(model: Any, out: Any, mask: Tensor | None, n_tokens: int) -> Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     padding = mask if mask is not None and mask.dim() == 2 else None
-    loss: Tensor = load_balancing_loss_func(
-        out.router_logits, experts, config.num_experts_per_tok, padding
-    )
+    logits = tuple(x.flatten(0, -2)[:n_tokens] for x in out.router_logits)  # without a tail
+    loss: Tensor = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, padding)
     return loss
 
 
@@ -305,8 +339,15 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        # A tree batch has none, and a (T, T) mask made from its positions would not be read.
+        if attention_mask is None:
+            return None
+        padded: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+        return padded
+
     AttentionInterface.register(_ATTENTION, _attention)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(_ATTENTION, mask)
 
 
 def choose_scoring(model: Any, *, compiled: bool = False) -> Scoring:
