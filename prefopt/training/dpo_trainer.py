@@ -247,7 +247,7 @@ class DPOTrainer(transformers.Trainer):
 
     @staticmethod
     def _refuse_images(dataset: Any) -> None:
-        columns = next(iter(dataset))
+        columns = next(iter(dataset), ())
         if "image" in columns or "images" in columns:
             raise ValueError(
                 "the dataset is vision-related (it has an image column), and this trainer takes "

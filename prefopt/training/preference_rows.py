@@ -10,8 +10,10 @@ nothing of models, losses or the training loop.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 from torch.utils.data import Sampler
-from trl.data_utils import extract_prompt, is_conversational
+from trl.data_utils import extract_prompt
 
 from prefopt.errors import DataError
 from prefopt.trees import AnswerTree, split_by_tokens
@@ -95,12 +97,17 @@ def tokenize_preferences(
         name: of the split, for progress bars.
 
     Raises:
-        DataError: columns are missing; the message says which forms are understood.
+        DataError: there are no rows, or columns are missing; the message says which forms are
+            understood.
     """
-    columns = list(next(iter(dataset)))
-    if "prompt_ids" in columns and ("answer_ids" in columns or "chosen_ids" in columns):
+    columns = set(next(iter(dataset), ()))
+    if not columns:
+        raise DataError(f"the {name} dataset is empty.")
+    if {"prompt_ids", "answer_ids"} <= columns:
         return dataset
-    if not ("answers" in columns or {"chosen", "rejected"} <= set(columns)):
+    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns:
+        return dataset
+    if not ({"prompt", "answers"} <= columns or {"chosen", "rejected"} <= columns):
         raise DataError(
             f"the {name} dataset has the columns {', '.join(sorted(columns))}. Expected: "
             "chosen and rejected (with prompt, or beginning alike), or prompt and answers with "
@@ -129,9 +136,10 @@ def _tokenize_row(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         ]
         alone = _template_ids(tokenizer, prompt, add_generation_prompt=True, **template)
         whole = [_template_ids(tokenizer, prompt + answer, **template) for answer in answers]
-    elif not k_way and is_conversational({"prompt": prompt, "chosen": answers[0]}):
+    elif not all(isinstance(answer, str) for answer in answers):
         raise DataError(
-            "a row has a plain prompt and conversational answers; give both as messages."
+            "a row has a plain prompt and answers that are no texts; give both as text, or both as "
+            "messages."
         )
     else:
         end = tokenizer.eos_token
@@ -221,6 +229,8 @@ def read_row(
     scores = row.get("scores")
     if scores is not None and len(scores) != len(sequences):
         return f"{len(sequences)} answers have {len(scores)} scores"
+    if scores is not None and any(score is None or math.isnan(score) for score in scores):
+        return "a score is missing or not a number"
     pairs = _given_pairs(row, len(sequences)) if row.get("preferences") else None
     if pairs is None:
         if scores is None:
@@ -247,7 +257,7 @@ def _given_pairs(row: Mapping[str, Any], k: int) -> list[tuple[int, int, float]]
         p = 1.0 if p is None else float(p)
         chosen, rejected = int(chosen), int(rejected)
         if not (0 <= chosen < k and 0 <= rejected < k and chosen != rejected and 0 <= p <= 1):
-            return f"preference {list(given)} does not name two of {k} answers and a p in [0, 1]"
+            return f"preference {given} does not name two of {k} answers and a p in [0, 1]"
         pairs.append((chosen, rejected, p))
     return pairs
 
@@ -272,7 +282,7 @@ def usable_rows(dataset: Any, *, name: str = "train", **how: Any) -> Any:
         DataError: no row is left.
     """
     if not isinstance(dataset, datasets.Dataset):
-        return dataset.filter(lambda row: isinstance(read_row(row, **how), PreferenceRow))
+        return dataset.filter(functools.partial(_is_usable, name=name, how=how, said=set()))
     reasons: Counter[str] = Counter()
     keep = []
     for index, row in enumerate(dataset):
@@ -296,6 +306,18 @@ def usable_rows(dataset: Any, *, name: str = "train", **how: Any) -> Any:
         )
         return dataset.select(keep)
     return dataset
+
+
+def _is_usable(row: Mapping[str, Any], name: str, how: dict[str, Any], said: set[str]) -> bool:
+    found = read_row(row, **how)
+    if isinstance(found, str) and found not in said:
+        said.add(found)
+        logger.warning(
+            "a row of the %s dataset is left out: %s. Said once; it may hold for more rows.",
+            name,
+            found,
+        )
+    return isinstance(found, PreferenceRow)
 
 
 @dataclass
