@@ -663,8 +663,9 @@ def as_markdown(report: dict[str, Any]) -> str:
              f"{report['versions']}, {report['seconds']:.0f} s. {report['seeds']} seeds, "
              f"{report['n_pairs']} pairs (three times that in the first world) or "
              f"{report['n_prompts']} prompts each; ± is a 95% interval. All judges are "
-             "simulated; real judges also repeat errors, which one "
-             "judge's verdicts cannot show, so true accuracies are lower.", ""]  # fmt: skip
+             "simulated; real judges also repeat errors, which one judge's verdicts on two answers "
+             "cannot show, and share tastes that no verdict shows, so true accuracies are lower.",
+             ""]  # fmt: skip
     lines += ["## Targets", "", "| target | figure | met |", "|---|---|---|"]
     lines += [
         f"| {c['target']} | {_cell(c, 'figure')} | {'yes' if c['met'] else '**no**'}"
