@@ -210,7 +210,11 @@ def export_labels(
         out: the job's folder.
         preferences: file to write (.jsonl or .parquet); what is left out goes to
             `<preferences>.left_out.jsonl`.
-        rule, min_margin, min_p, pairs_per_prompt, reliability: replace the job's own where given.
+        rule: replaces the job's own where given.
+        min_margin: likewise.
+        min_p: likewise.
+        pairs_per_prompt: likewise.
+        reliability: likewise.
         calibration: a file that `prefopt judge calibrate` wrote for the same judge and rubric; its
             probabilities replace the inferred ones.
 
