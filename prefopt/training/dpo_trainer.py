@@ -40,6 +40,7 @@ from prefopt.losses import (
     wpo_weights,
 )
 from prefopt.progress import progress_bar
+from prefopt.training.callbacks import AnswerCallback, ProgressBar
 from prefopt.training.dpo_config import DPOConfig as DPOConfig
 from prefopt.training.dpo_config import own_config
 from prefopt.training.policy_setup import (
@@ -224,6 +225,9 @@ class DPOTrainer(transformers.Trainer):
                 "several GPUs are visible to one process, which nn.DataParallel would use. Start with "
                 "accelerate launch or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
+        for callback in tuple(self.callback_handler.callbacks):
+            if isinstance(callback, ProgressBar):
+                callback.attach(self)
         # What training_step returns is the share of the whole step's loss; nothing divides it again.
         self.loss_is_scaled_for_ga = True
         if hasattr(self.model, "add_model_tags"):
@@ -234,7 +238,7 @@ class DPOTrainer(transformers.Trainer):
         self.aux_loss_enabled, self._aux_loss_weight = balancing_loss_weight(self.model, args)
         self.scoring = choose_scoring(self.model, compiled=args.torch_compile)
         self.ref_model = None if kind.startswith("adapter") else (ref_model or initial)
-        self._step_zero_checked = False
+        self._step_zero_checked = self._release_reference = False
         self._set_up_reference(kind, ref_model)
         if args.sync_ref_model:
             self.add_callback(
@@ -323,9 +327,8 @@ class DPOTrainer(transformers.Trainer):
             }
         elif self.eval_dataset is not None:
             self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
-        if not self.reference.reference.kind.startswith("adapter"):
-            self.reference.release_model()
-            self.ref_model = None
+        # An adapter's reference is always at hand; any other model is let go once training starts.
+        self._release_reference = not self.reference.reference.kind.startswith("adapter")
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
         """Compute the reference of all answers of a dataset; pairs get TRL's columns with sums."""
@@ -438,6 +441,10 @@ class DPOTrainer(transformers.Trainer):
         self, model: Any, inputs: PlannedBatch, num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward of some micro-batches; the gradients of the step add up to its mean."""
+        if self._release_reference:
+            self._release_reference = False
+            self.reference.release_model()
+            self.ref_model = None
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
@@ -669,6 +676,9 @@ class DPOTrainer(transformers.Trainer):
         if self.model.training:
             logs.update(self._averages["train"].read(self.accelerator))
             logs["num_tokens"] = float(self._n_train_tokens)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AnswerCallback):  # what it measures must be there in time
+                callback.before_log(self, logs)
         super().log(logs, start_time)
 
     def evaluate(

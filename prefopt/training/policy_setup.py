@@ -42,8 +42,8 @@ def check_arguments(model: Any, ref_model: Any, args: Any, dataset: Any, peft_co
         )
     if problems:
         raise ValueError("; ".join(problems) + ".")
-    if isinstance(dataset, datasets.IterableDataset):
-        args.accelerator_config.dispatch_batches = False
+    # Every process collates its own rows: what the collator makes is no tensor to send around.
+    args.accelerator_config.dispatch_batches = False
 
 
 def loading_options(args: Any, quantization_config: Any) -> dict[str, Any]:
