@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from prefopt.preferences import pair_candidates as pair_candidates
     from prefopt.sampling.candidates import SamplingSettings as SamplingSettings
     from prefopt.sampling.candidates import sample_candidates as sample_candidates
+    from prefopt.training.callbacks import HealthWatch as HealthWatch
+    from prefopt.training.callbacks import JudgeWinRate as JudgeWinRate
+    from prefopt.training.callbacks import ProgressBar as ProgressBar
+    from prefopt.training.callbacks import SampledAnswers as SampledAnswers
     from prefopt.training.dpo import DPOSettings as DPOSettings
     from prefopt.training.dpo import train_dpo as train_dpo
     from prefopt.training.dpo_trainer import DPOConfig as DPOConfig
@@ -90,6 +94,10 @@ _HOMES = {
     "pair_candidates": "preferences",
     "SamplingSettings": "sampling.candidates",
     "sample_candidates": "sampling.candidates",
+    "HealthWatch": "training.callbacks",
+    "JudgeWinRate": "training.callbacks",
+    "ProgressBar": "training.callbacks",
+    "SampledAnswers": "training.callbacks",
     "DPOConfig": "training.dpo_trainer",
     "DPOTrainer": "training.dpo_trainer",
     "DPOSettings": "training.dpo",

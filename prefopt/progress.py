@@ -20,3 +20,8 @@ def progress_bar(
         dynamic_ncols=True,
         smoothing=0.1,
     )
+
+
+def print_above_bars(text: str) -> None:
+    """Print lines without breaking the bars that are shown."""
+    tqdm.write(text)

@@ -21,6 +21,8 @@ _CHOSEN_FALL = 0.10
 _MARGIN_EXPLODED = 20.0
 # Share of its early value to which the entropy of the answers' tokens may fall.
 _ENTROPY_LEFT = 0.5
+# Below this a gradient norm is what rounding leaves of a gradient of 0 (about 2e-7 in float32).
+_NO_GRADIENT = 1e-6
 # How many times its earlier median a gradient norm may be.
 _GRADIENT_GROWTH = 10.0
 # Below these a run whose margin no longer grows has learned next to nothing.
@@ -374,14 +376,14 @@ def _gradient(points: Sequence[TrainingPoint]) -> HealthNote | None:
     """A gradient that is 0, not finite, or growing."""
     known = [(p.step, p.grad_norm) for p in points if p.grad_norm is not None]
     last = [norm for _, norm in known[-5:]]
-    if len(known) >= 3 and all(norm == 0.0 for norm in last[-3:]):
+    if len(known) >= 3 and all(norm < _NO_GRADIENT for norm in last[-3:]):
         return HealthNote(
             level="problem",
             check="gradient_zero",
-            message=f"The gradient norm is exactly 0 since step {known[-3][0]} or before: nothing "
-            "is learned. Either no parameter trains (an adapter that is frozen or not attached), or "
-            "no pair has a gradient left (both answers the same after truncation, or margins so "
-            "large that the loss is flat).",
+            message=f"The gradient norm is {last[-1]:.1g} since step {known[-3][0]} or before, which "
+            "is nothing but rounding: nothing is learned. Either no parameter trains (an adapter "
+            "that is frozen or not attached), or no pair has a gradient left (both answers the same "
+            "after truncation, or margins so large that the loss is flat).",
         )
     wild = [(step, norm) for step, norm in known if not math.isfinite(norm)]
     if wild:
