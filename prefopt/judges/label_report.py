@@ -358,7 +358,14 @@ def _warnings(report: LabelReport) -> list[str]:
                 "rationales, and use a stronger judge if it cannot tell the two apart."
             )
     n_failed = sum(report.failures.values())
-    if report.n_verdicts and n_failed / report.n_verdicts > 0.02:
+    malformed = report.failures.get("malformed", 0)
+    if malformed > report.n_verdicts / 2:
+        found.append(
+            f"{malformed:,} of {report.n_verdicts:,} replies are not in the form that was asked for, "
+            "so asking again will hardly help. Use a model that keeps to it, or a server that holds "
+            "replies to a JSON schema; judged.jsonl has every reply."
+        )
+    elif report.n_verdicts and n_failed / report.n_verdicts > 0.02:
         reasons = ", ".join(f"{n} {name}" for name, n in report.failures.items())
         found.append(
             f"{n_failed / report.n_verdicts:.0%} of the verdicts failed ({reasons}). Run again with "

@@ -235,3 +235,17 @@ def test_a_sound_judge_gets_no_warning_about_canaries():
     assert not any("canary" in warning for warning in report.warnings)
     assert "0.0% to 32.4%, 0 of 8" in report.to_text()
     assert "0–32%" in report.to_html()
+
+
+@pytest.mark.parametrize(("n_malformed", "said"), [(3, True), (1, False)])
+def test_replies_that_are_mostly_malformed_are_no_case_for_asking_again(n_malformed, said):
+    bad = Verdict(judge="j", failure="malformed", reply="The first one.")
+    items = [
+        msgspec.structs.replace(
+            judged(1, 1, i), **({"forward": bad, "backward": bad} if i < n_malformed else {})
+        )
+        for i in range(4)
+    ]
+    warnings = " ".join(report_on(items).warnings)
+    assert ("asking again will hardly help" in warnings) is said
+    assert ("Run again with the same ledger" in warnings) is not said
