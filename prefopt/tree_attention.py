@@ -113,9 +113,10 @@ def flex_attention(
     Returns:
         (1, H, T, D).
     """
+    # Under autocast a norm of q and k leaves them in float32, while v is what a product made.
     result: Tensor = _flex(query.device.type == "cuda")(
-        query,
-        key,
+        query.to(value.dtype),
+        key.to(value.dtype),
         value,
         score_mod=None if softcap is None else _softcap(softcap),
         block_mask=block_mask,

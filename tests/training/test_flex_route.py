@@ -185,6 +185,19 @@ def test_no_mask_is_made_for_a_tree_batch(monkeypatch):
         tree_model._register()
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_flex_runs_under_autocast_where_q_and_k_may_differ_from_v_in_dtype(family):
+    model = tiny(family)
+    choose_scoring(model)
+    found = {}
+    for backend in ("flex", "segments"):
+        scoring = Scoring("tree", backend)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), tree_attention(model, scoring):
+            batch = scoring.batch(some_trees(4), 0)
+            found[backend] = score_answers(model, batch, scoring).tokens.logprobs
+    torch.testing.assert_close(found["flex"], found["segments"], rtol=0.01, atol=0.02)
+
+
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float32], ids=str)
 def test_under_autocast_lora_is_fused_and_as_exact_as_pefts_own(base):
     """Both are compared with the same layers in float64; neither may be the worse one by much."""
