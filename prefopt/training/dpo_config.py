@@ -29,7 +29,8 @@ class DPOConfig(trl.DPOConfig):
         loss_type: besides TRL's, any of `prefopt.losses.LOSS_NAMES`, and for rows of K answers
             `plackett_luce`, `infonca` and `nca`.
         micro_batch_tokens: tokens that go through the model at once; None takes 1,024 on a CPU and
-            16,384 on a GPU. The gradient does not depend on it, memory does.
+            16,384 on a GPU. The gradient does not depend on it, memory does. Losses that sort
+            their batch (`aot`, `aot_unpaired`) take all rows of a step at once.
         group_by_prompt: let rows with the same prompt follow each other, so that the prompt is
             computed once for all of them; otherwise rows are shuffled one by one.
         group_pairs: of K answers with scores, train on all pairs or on best against worst.
@@ -140,6 +141,8 @@ class DPOConfig(trl.DPOConfig):
             check_losses(names, weights, self.loss_settings(), weighted_pairs=self.use_weighting)
         if listwise and self.beta <= 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
+        if listwise and self.use_weighting:
+            raise ValueError(f"{', '.join(listwise)} takes no use_weighting, which weighs pairs")
         if listwise and self.f_divergence_type != "reverse_kl":
             raise ValueError(f"{', '.join(listwise)} supports no f_divergence but reverse_kl")
         if listwise and self.infonca_temperature <= 0:

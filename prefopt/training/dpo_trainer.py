@@ -16,8 +16,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor
 from prefopt.errors import TrainingError
 from prefopt.logprobs import TokenScores, by_answer, discounted_logps, sum_by_answer
 from prefopt.losses import (
+    PAIR_LOSSES,
     PairBatch,
     infonca_loss,
     nca_loss,
@@ -57,6 +58,7 @@ from prefopt.training.policy_setup import (
 from prefopt.training.preference_rows import (
     TOKEN_COLUMNS,
     MicroBatch,
+    PreferenceRow,
     PreferenceRows,
     PromptGroupSampler,
     RowCollator,
@@ -233,7 +235,6 @@ class DPOTrainer(transformers.Trainer):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
         self._averages = {"train": _Averages(), "eval": _Averages()}
-        self._n_train_tokens = 0
         self._offload = offloading_context(self.model, args)
         self.aux_loss_enabled, self._aux_loss_weight = balancing_loss_weight(self.model, args)
         self.scoring = choose_scoring(self.model, compiled=args.torch_compile)
@@ -316,6 +317,11 @@ class DPOTrainer(transformers.Trainer):
     def _budget(self) -> int:
         default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
         return int(self.args.micro_batch_tokens or default)
+
+    def _plan(self, rows: Sequence[PreferenceRow]) -> list[MicroBatch]:
+        # A loss that sorts its batch is one number of all pairs: they go through the model at once.
+        at_once = any(PAIR_LOSSES[name].sorts_batch for name in self.args.pairwise()[0])
+        return plan_micro_batches(rows, sys.maxsize if at_once else self._budget)
 
     def _precompute(self) -> None:
         if self.reference.reference.kind == "none":
@@ -400,7 +406,7 @@ class DPOTrainer(transformers.Trainer):
         rows = [row for batch in batches for row in _rows(batch).rows]
         if not rows:
             return [], None
-        plan = plan_micro_batches(rows, self._budget)
+        plan = self._plan(rows)
         n_rows = float(len(rows))
         chosen = sum(
             pair.weight * len(row.sequences[pair.chosen].answer_ids)
@@ -431,7 +437,7 @@ class DPOTrainer(transformers.Trainer):
             for row in rows
             for pair in row.pairs
         )
-        plan = plan_micro_batches(rows, self._budget)
+        plan = self._plan(rows)
         n_tokens = sum(row.n_tokens for row in rows)
         return PlannedBatch(tuple(plan), float(len(rows)), chosen / len(rows), n_tokens)
 
@@ -564,18 +570,20 @@ class DPOTrainer(transformers.Trainer):
         names, weights = self.args.listwise()
         if not names:
             return answers.tokens.logprobs.new_zeros(0)
-        groups = [(g.answers, g.scores) for g in micro_batch.groups]
+        groups = [(g.answers, g.scores, 1.0) for g in micro_batch.groups]
         paired = {g.row for g in micro_batch.groups}
         # A pair is a group of two with a better and a worse answer.
         groups += [
-            ((p.chosen, p.rejected), (1.0, 0.0)) for p in micro_batch.pairs if p.row not in paired
+            ((p.chosen, p.rejected), (1.0, 0.0), p.weight)
+            for p in micro_batch.pairs
+            if p.row not in paired
         ]
-        width = max(len(members) for members, _ in groups)
+        width = max(len(members) for members, _, _ in groups)
         device = reference.device
         index = torch.zeros(len(groups), width, dtype=torch.long)
         given = torch.zeros(len(groups), width)
         mask = torch.zeros(len(groups), width, dtype=torch.bool)
-        for row, (members, scores) in enumerate(groups):
+        for row, (members, scores, _) in enumerate(groups):
             order = sorted(range(len(members)), key=lambda i: -scores[i])
             index[row, : len(members)] = torch.tensor([members[i] for i in order])
             given[row, : len(members)] = torch.tensor([scores[i] for i in order])
@@ -592,7 +600,8 @@ class DPOTrainer(transformers.Trainer):
                 rewards, given, mask, temperature=self.args.infonca_temperature
             ),
         }
-        return torch.stack([w * losses[n]() for n, w in zip(names, weights, strict=True)]).sum(0)
+        total = torch.stack([w * losses[n]() for n, w in zip(names, weights, strict=True)]).sum(0)
+        return total * torch.tensor([weight for _, _, weight in groups], device=device)
 
     def _check_step_zero(self, policy: Tensor, reference: Tensor, mode: str) -> None:
         """Before the first step the policy is the reference; anything else is another experiment."""
@@ -617,7 +626,9 @@ class DPOTrainer(transformers.Trainer):
         self, micro_batch: MicroBatch, pairs: _Pairs, losses: Tensor, answers: _Answers
     ) -> None:
         totals = answers.sums(answers.tokens.logprobs.detach())
-        bad = [i for i, value in enumerate(losses.tolist()) if not math.isfinite(value)]
+        # The loss of a whole group is in no pair; what its answers got is.
+        numbers = torch.stack((losses.detach(), totals[pairs.chosen], totals[pairs.rejected]))
+        bad = (~numbers.isfinite()).any(0).nonzero()[:, 0].tolist()
         lines = []
         prompt_of = [t.prompt_ids for t in micro_batch.trees for _ in t.answers]
         for i in bad[:5]:
@@ -675,7 +686,7 @@ class DPOTrainer(transformers.Trainer):
         """Add the metrics since the last call to what the loop logs."""
         if self.model.training:
             logs.update(self._averages["train"].read(self.accelerator))
-            logs["num_tokens"] = float(self._n_train_tokens)
+            logs["num_tokens"] = float(self.state.num_input_tokens_seen)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, AnswerCallback):  # what it measures must be there in time
                 callback.before_log(self, logs)
@@ -724,7 +735,7 @@ class DPOTrainer(transformers.Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         for name, value in self._averages["eval"].read(self.accelerator).items():
             output.metrics[f"{prefix}_{name}"] = value
-        output.metrics[f"{prefix}_num_tokens"] = float(self._n_train_tokens)
+        output.metrics[f"{prefix}_num_tokens"] = float(self.state.num_input_tokens_seen)
         return output
 
     def prediction_step(
@@ -756,9 +767,7 @@ class DPOTrainer(transformers.Trainer):
         tokens = torch.tensor(inputs.n_tokens, device=self.args.device)
         if self.accelerator.num_processes > 1:
             tokens = self.accelerator.reduce(tokens, reduction="sum")
-        self._n_train_tokens += int(tokens)
-        if self.args.include_num_input_tokens_seen not in ("no", False):
-            self.state.num_input_tokens_seen += int(tokens)
+        self.state.num_input_tokens_seen += int(tokens)  # saved, so a resumed count goes on
 
     def floating_point_ops(self, inputs: PlannedBatch) -> int:
         """Six a parameter and token fed, the usual estimate."""

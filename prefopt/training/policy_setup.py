@@ -35,6 +35,8 @@ def check_arguments(model: Any, ref_model: Any, args: Any, dataset: Any, peft_co
         )
     if args.sync_ref_model and args.precompute_ref_log_probs:
         problems.append("sync_ref_model moves the reference, so it cannot be precomputed")
+    if args.sync_ref_model and args.reference_cache is not None:
+        problems.append("sync_ref_model moves the reference, so no reference_cache can keep it")
     if args.precompute_ref_log_probs and isinstance(dataset, datasets.IterableDataset):
         problems.append(
             "precompute_ref_log_probs=True is not supported with IterableDataset; give a "

@@ -114,17 +114,19 @@ def weights_fingerprint(reference: Reference, *, autocast: str = "no") -> str:
     Names and paths do not enter, so a checkpoint that was overwritten has another fingerprint.
     """
     skip = "lora_" if reference.kind == "adapter off" else None
+    # The policy's own adapter is not part of its reference; that of a given model is.
+    given = reference.kind == "given model"
     digest = hashlib.sha256(f"prefopt reference 1, autocast {autocast}".encode())
     with reference.active() as model:
         base = base_model(model)
         digest.update(type(base).__name__.encode())
-        settings = base.config.to_dict()
-        for name in ("_name_or_path", "transformers_version"):
-            settings.pop(name, None)
-        digest.update(repr(sorted(settings.items())).encode())
-        if reference.kind == "adapter copy":
-            digest.update(repr(sorted(model.peft_config[COPY_NAME].to_dict().items())).encode())
-        for name, tensor in _state(model):
+        digest.update(_settings(base.config).encode())
+        adapters = getattr(model, "peft_config", {})
+        for name in sorted(adapters) if given else {COPY_NAME} & set(adapters):
+            digest.update(f"{name} {_settings(adapters[name])}".encode())
+        if given and adapters:
+            digest.update(repr(model.active_adapters).encode())
+        for name, tensor in _state(model, set() if given else set(adapters) - {COPY_NAME}):
             if skip is not None and skip in name:
                 continue
             # Only the copy's weights count, under the name they have in the adapter they copy.
@@ -134,8 +136,23 @@ def weights_fingerprint(reference: Reference, *, autocast: str = "no") -> str:
     return digest.hexdigest()
 
 
-def _state(model: Any) -> Iterator[tuple[str, Tensor]]:
-    adapters = set(getattr(model, "peft_config", ())) - {COPY_NAME}
+def _settings(config: Any) -> str:
+    """What a configuration sets, the same in every process and for every name of the model."""
+    settings = config.to_dict()
+    for name in (
+        "_name_or_path",
+        "base_model_name_or_path",
+        "transformers_version",
+        "peft_version",
+    ):
+        settings.pop(name, None)
+    # The order of a set differs from one process to the next.
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+    return repr(sorted(plain.items()))
+
+
+def _state(model: Any, adapters: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers but those of the adapters."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not any(f".{adapter}." in name for adapter in adapters):
             yield name, tensor

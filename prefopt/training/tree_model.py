@@ -99,14 +99,14 @@ def add_answer_scoring(model: Any) -> None:
     if getattr(model, "_prefopt_scores_answers", False):
         return
     original = model.forward
-    function = getattr(original, "__func__", None)
-    bound = function is not None and original.__self__ is model
+    own = getattr(original, "__self__", None) is model
+    function = original.__func__ if own else None
 
     # The original signature stays visible: `generate` checks its arguments against it.
     @functools.wraps(original)
     def forward(self: Any, *args: Any, answers: Any = None, **kwargs: Any) -> Any:
         # A deep copy of the model must run its own forward, not that of the model it was copied from.
-        call = types.MethodType(function, self) if bound else original
+        call = original if function is None else types.MethodType(function, self)
         if answers is None:
             return call(*args, **kwargs)
         return _score(self, call, answers, *args, **kwargs)
