@@ -63,6 +63,30 @@ def test_the_judge_of_the_docs_runs_as_written(monkeypatch):
     assert judged.mean_grade == -1
 
 
+def test_the_callbacks_of_the_docs_run_as_written(tmp_path, monkeypatch):
+    """With a tiny model, an offline judge, no tracker, and an evaluation after every step."""
+    tiny_model = save_tiny_model(tmp_path / "tiny", context=1024)
+    row = '{"prompt": "What is %d?", "chosen": " one thing", "rejected": " another"}\n'
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(row % i for i in range(4)))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks(ROOT / "docs" / "callbacks.md", "python"):
+        for shown, run in {
+            "Qwen/Qwen3-0.6B": tiny_model,
+            "anthropic:claude-sonnet-5-5": "scripted:shortest",
+            "_steps=50": "_steps=1",
+            "max_usd=2.0": "max_new_tokens=4",
+            "max_new_tokens=128": "max_new_tokens=4",
+            'report_to="tensorboard",': 'report_to="none", use_cpu=True, bf16=False, max_steps=2,',
+            "load_dataset(": "load_dataset(cache_dir='cache', path=",
+        }.items():
+            block = block.replace(shown, run)
+        exec(compile(block, "docs/callbacks.md", "exec"), names)
+    assert (tmp_path / "out" / "sampled_answers.jsonl").is_file()
+    assert "eval_win_rate" in names["trainer"].evaluate()
+
+
 def test_options_named_in_the_docs_exist():
     help_text = build_parser().format_help() + "".join(
         sub.format_help() for sub in build_parser()._subcommands_action._name_parser_map.values()

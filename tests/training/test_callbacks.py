@@ -3,8 +3,13 @@
 import json
 import logging
 import math
+import os
 import random
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,12 +266,18 @@ def test_every_generator_and_mode_is_put_back(tiny_model, tmp_path):
     trainer = make_trainer(tmp_path, tiny_model, [sampled := quick(SampledAnswers)])
     model = trainer.model.train()
     frozen = next(iter(model.modules())).get_submodule("base_model").eval()
+
+    def draw(*_):
+        return torch.rand(1).item(), random.random(), np.random.rand()
+
+    # A model that draws itself, as some layers do.
+    model.get_base_model().register_forward_hook(lambda *_: draw() and None)
     model.config.use_cache = False
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
-    expected = (torch.rand(1).item(), random.random(), np.random.rand())
+    expected = draw()
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
     first = sampled.answers(trainer.args, model, trainer.processing_class)
-    assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+    assert draw() == expected
     assert (model.training, frozen.training, model.config.use_cache) == (True, False, False)
     # The same seed every time, whatever the training's generators are at.
     again = sampled.answers(trainer.args, model, trainer.processing_class)
@@ -710,3 +721,71 @@ def test_frozen_weights_stop_a_real_training(tiny_model, tmp_path, kind):
     trainer.train()
     assert trainer.state.global_step == 3
     assert watch.notes[0].check == "gradient_zero"
+
+
+# --- Several processes --------------------------------------------------------------------------
+
+_WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+from prefopt.errors import JudgeUnavailable
+from prefopt.judges import longest_wins
+from tests.training import test_callbacks as t
+
+folder, model, fails = sys.argv[1:]
+judge = t.Broken(JudgeUnavailable("no key")) if fails == "yes" else longest_wins()
+callbacks = [
+    t.quick(t.SampledAnswers), t.quick(t.JudgeWinRate, judge, baseline=["x y z"] * 3), t.HealthWatch(),
+]
+trainer = t.make_trainer(
+    folder, model, callbacks, metric_for_best_model="win_rate", ddp_backend="gloo",
+    ddp_find_unused_parameters=False,
+)
+trainer.train()
+rank = trainer.args.process_index
+found = [
+    {k: v for k, v in e.items() if "win_rate" in k or "sampled" in k} for e in t.evaluations(trainer)
+]
+Path(folder, f"rank{rank}.json").write_text(json.dumps([found, trainer.state.best_metric]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def two_processes(folder, model, fails):
+    """Exit codes and error texts of a training by two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(2):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }  # fmt: skip
+        command = [sys.executable, "-c", _WORKER, str(folder), model, fails]
+        started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    ended = [process.communicate(timeout=240)[1] for process in started]
+    return [process.returncode for process in started], ended
+
+
+@pytest.mark.slow
+@pytest.mark.enable_socket
+def test_with_two_processes_one_answers_and_both_know(tiny_model, tmp_path):
+    codes, errors = two_processes(tmp_path, tiny_model, "no")
+    assert codes == [0, 0], errors
+    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    assert one[1] == max(e["eval_win_rate"] for e in one[0])
+    lines = prefopt.read_records(tmp_path / "sampled_answers.jsonl", SampledAnswer)
+    assert [a.step for a in lines] == [0, 0, 0, 2, 2, 2, 4, 4, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.enable_socket
+def test_with_two_processes_an_error_of_one_ends_both(tiny_model, tmp_path):
+    codes, (main, other) = two_processes(tmp_path, tiny_model, "yes")
+    assert all(codes)
+    assert "JudgeUnavailable: no key" in main
+    assert "the main process stopped with JudgeUnavailable: no key" in other
