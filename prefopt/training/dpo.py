@@ -33,8 +33,7 @@ from prefopt.models import (
     lora_config,
     model_fingerprint,
 )
-from prefopt.progress import progress_bar
-from prefopt.training.health import HealthNote, TrainingPoint, diagnose
+from prefopt.training.health import HealthNote, TrainingPoint, diagnose, training_points
 from prefopt.types import PreferenceGroup, content_hash
 
 logger = logging.getLogger(__name__)
@@ -204,7 +203,7 @@ def train_dpo(
     with _score_answer_positions_only():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
-    points = _points(trainer.state.log_history)
+    points = training_points(trainer.state.log_history)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     health = diagnose(
         points,
@@ -278,7 +277,9 @@ def _make_trainer(
 ) -> Any:
     import datasets
     import trl
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+    from transformers import TrainerCallback
+
+    from prefopt.training.callbacks import ProgressBar
 
     class Trainer(trl.DPOTrainer):
         """TRL's trainer on rows that are token ids already."""
@@ -322,25 +323,13 @@ def _make_trainer(
         disable_tqdm=True,
         report_to=list(settings.report_to) or "none",
     )
-    pairs_total = int(len(rows) * settings.epochs)
-    bar = progress_bar(total=pairs_total, description="training (DPO)", unit="pair", show=progress)
 
-    class Progress(TrainerCallback):
-        """Pairs a second, loss and margin, in prefopt's own bar."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            done = min(pairs_total, round(state.epoch * len(rows)))
-            bar.update(done - bar.n)
+    class StopWhenLost(TrainerCallback):
+        """A loss that is not finite ends the training."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in logs:
-                loss = float(logs["loss"])
-                bar.set_postfix_str(f"loss {loss:.3f}, margin {logs['rewards/margins']:.2f}")
-                if not math.isfinite(loss):
-                    control.should_training_stop = True
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            bar.close()
+            if not math.isfinite(float(logs.get("loss", 0.0))):
+                control.should_training_stop = True
 
     is_peft = hasattr(loaded.model, "peft_config")
     trainer = Trainer(
@@ -349,10 +338,9 @@ def _make_trainer(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=loaded.tokenizer,
         peft_config=None if is_peft else lora_config(lora),
-        callbacks=[Progress()],
+        callbacks=[StopWhenLost()],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    ProgressBar(description="training (DPO)", show=progress).attach(trainer)
     return trainer
 
 
@@ -449,26 +437,6 @@ def _last_whole_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path, ignore_errors=True)
     return max(whole)[1] if whole else None
-
-
-def _points(log_history: list[dict[str, Any]]) -> tuple[TrainingPoint, ...]:
-    return tuple(
-        TrainingPoint(
-            step=int(entry["step"]),
-            epoch=float(entry["epoch"]),
-            loss=float(entry["loss"]),
-            margin=float(entry["rewards/margins"]),
-            accuracy=float(entry["rewards/accuracies"]),
-            chosen_reward=float(entry["rewards/chosen"]),
-            rejected_reward=float(entry["rewards/rejected"]),
-            chosen_logp=float(entry["logps/chosen"]),
-            rejected_logp=float(entry["logps/rejected"]),
-            learning_rate=float(entry["learning_rate"]),
-            grad_norm=float(entry.get("grad_norm", 0.0)),
-        )
-        for entry in log_history
-        if "loss" in entry and "rewards/margins" in entry
-    )
 
 
 def _mean_words(groups: Sequence[PreferenceGroup], side: Literal[0, 1]) -> float:
