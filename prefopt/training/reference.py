@@ -192,6 +192,7 @@ class ReferenceCache:
                     "CREATE TABLE IF NOT EXISTS token_logps (fingerprint TEXT, key BLOB, "
                     "logps BLOB, PRIMARY KEY (fingerprint, key)) WITHOUT ROWID"
                 )
+            database.execute("SELECT fingerprint, key, logps FROM token_logps LIMIT 0")
         except sqlite3.DatabaseError as error:
             raise TrainingError(
                 f"the reference cache {path} cannot be used ({error}). It holds only what can be "
@@ -267,9 +268,14 @@ class ReferenceScorer:
         """
         keys = [[sequence_key(t.prompt_ids, a) for a in t.answers] for t in trees]
         known = self.cache.get(key for tree in keys for key in tree)
-        missing = [
-            tree for tree, ks in zip(trees, keys, strict=True) if any(k not in known for k in ks)
-        ]
+        lacking = (
+            AnswerTree(
+                tree.prompt_ids,
+                tuple(a for a, key in zip(tree.answers, ks, strict=True) if key not in known),
+            )
+            for tree, ks in zip(trees, keys, strict=True)
+        )
+        missing = [tree for tree in lacking if tree.answers]
         if missing:
             computed = self._compute(missing, device)
             self.cache.put(computed)

@@ -1,0 +1,91 @@
+"""Two processes that add up their gradients give what one process gives.
+
+The processes are started by hand, as a launcher would; `dpo_cases` is what they run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.training.dpo_cases import metrics, pair_rows, trained, weights
+
+ROWS = pair_rows(14)
+
+
+def in_two_processes(folder, settings):
+    """Train there; returns the first process's weights and metrics."""
+    folder.mkdir(exist_ok=True)
+    environment = {
+        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-W", "ignore", "-m", "tests.training.dpo_cases", str(folder),
+        json.dumps(settings),
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return torch.load(folder / "weights.pt"), json.loads((folder / "metrics.json").read_text())
+
+
+def free_port():
+    code = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
+    return int(subprocess.check_output([sys.executable, "-c", code]))
+
+
+def assert_same_training(folder, settings, **alone):
+    """Two processes of two rows each against one of four."""
+    found, logged = in_two_processes(folder / "two", {"per_device_train_batch_size": 2, **settings})
+    one = trained(folder / "one", ROWS, per_device_train_batch_size=4, **{**settings, **alone})
+    expected = weights(one)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-5 * max(value.norm(), 1e-3), name
+    assert len(logged) == len(metrics(one))
+    for own, other in zip(logged, metrics(one), strict=True):
+        assert own.keys() == other.keys()
+        for name, value in other.items():
+            assert own[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_two_processes_are_one(tmp_path):
+    """Micro-batches so small that the processes have unlike numbers of them, and token means."""
+    settings = {
+        "train_sampling_strategy": "sequential", "micro_batch_tokens": 12, "max_steps": 3,
+        "loss_type": ["sigmoid", "sft"],
+    }  # fmt: skip
+    assert_same_training(tmp_path, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+        {"precompute_ref_log_probs": True},
+        {"use_weighting": True, "ld_alpha": 0.5},
+    ],
+    ids=str,
+)
+def test_two_processes_are_one_in_further_settings(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
+    settings = {"train_sampling_strategy": "sequential", "micro_batch_tokens": 20, **settings}
+    assert_same_training(tmp_path, settings, gradient_accumulation_steps=1)
