@@ -12,7 +12,12 @@ import torch
 import trl
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+)
 
 from prefopt import DPOConfig, DPOTrainer
 from prefopt.errors import DataError, TrainingError
@@ -31,6 +36,10 @@ from tests.training.dpo_cases import (
 )
 
 ROWS = pair_rows()
+SHAPE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
 
 
 def assert_same_weights(one, two, tolerance=1e-6):
@@ -358,6 +367,25 @@ def test_a_group_trains_as_its_pairs_do(tmp_path):
     one = trained(tmp_path / "one", [group], per_device_train_batch_size=1)
     two = trained(tmp_path / "two", pairs, per_device_train_batch_size=3)
     assert_same_weights(one, two)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
+def test_a_balancing_loss_counts_once_a_step(micro_batch_tokens, tmp_path):
+    """The first step's loss is ln 2 and the weighted mean balancing loss, however it is split."""
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            **{k: getattr(tiny_policy().config, k) for k in SHAPE}, num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+    trainer = trained(
+        tmp_path, ROWS, model=model, peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+        router_aux_loss_coef=0.5, max_steps=1, micro_batch_tokens=micro_batch_tokens,
+    )  # fmt: skip
+    line = trainer.state.log_history[0]
+    assert line["aux_loss"] > 1
+    assert line["loss"] == pytest.approx(math.log(2) + 0.5 * line["aux_loss"], rel=1e-5)
 
 
 # --- Evaluation ---------------------------------------------------------------------------------

@@ -348,10 +348,13 @@ def test_many_writers_lose_nothing(tmp_path):
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
 
 
-@given(ids, ids, ids, ids)
+@given(ids, ids, ids, ids, st.integers(1, 6))
 @settings(max_examples=80, deadline=None)
-def test_keys_are_the_same_for_the_same_split_of_the_same_ids_only(p, a, q, b):
+def test_keys_are_the_same_for_the_same_split_of_the_same_ids_only(p, a, q, b, at):
     assert (sequence_key(p, a) == sequence_key(q, b)) == ((p, a) == (q, b))
+    whole = p + a
+    moved = whole[:at], whole[at:]  # the border between prompt and answer elsewhere
+    assert (sequence_key(*moved) == sequence_key(p, a)) == (moved == (p, a))
 
 
 def test_keys_tell_large_ids_apart():
