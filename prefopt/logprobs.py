@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prefopt.matrix_product import matrix_product
+
 # Positions a chunk of logits. On a CPU 128 x 50k floats are 25 MB, below what allocators hand back at
 # once. A GPU would read the whole head for every 128 rows and wait for memory, so there a chunk has as
 # many as make half a gigabyte.
@@ -78,7 +80,7 @@ def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits (C, V) in float32 and, with a soft cap, the slope of the cap at them."""
-    z = torch.nn.functional.linear(hidden, weight, bias).float()
+    z = matrix_product(hidden, weight, bias).float()
     if scale != 1.0:
         z.mul_(scale)
     if softcap is None:

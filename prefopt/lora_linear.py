@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefopt.matrix_product import matrix_product
+
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
@@ -48,7 +50,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (T, D)
         low = rows @ a.t()  # (T, r)
-        out = torch.nn.functional.linear(rows, weight, bias).addmm_(low, b.t(), alpha=scaling)
+        out = matrix_product(rows, weight, bias).addmm_(low, b.t(), alpha=scaling)
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scaling, ctx.shape = scaling, x.shape
         return out.view(*x.shape[:-1], weight.shape[0])
@@ -60,7 +62,11 @@ class _LoraLinear(torch.autograd.Function):
         pulled = grad @ b  # (T, r)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (grad @ weight).addmm_(pulled, a, alpha=ctx.scaling).view(ctx.shape)
+            d_x = (
+                matrix_product(grad, weight.t())
+                .addmm_(pulled, a, alpha=ctx.scaling)
+                .view(ctx.shape)
+            )
         d_a = d_b = None
         if ctx.needs_input_grad[3]:
             d_a = (pulled.t() @ rows).mul_(ctx.scaling)

@@ -251,11 +251,15 @@ def fused_lora(model: Any) -> Iterator[int]:
     from peft.tuners.lora import Linear
 
     from prefopt.lora_linear import lora_linear
+    from prefopt.matrix_product import matrix_product
 
     def forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         base = layer.base_layer
-        if layer.disable_adapters and not layer.merged:
-            return base(x)
+        if layer.disable_adapters and not layer.merged and not (args or kwargs):
+            if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+                return base(x)
+            rows = matrix_product(x.reshape(-1, x.shape[-1]), base.weight, base.bias)
+            return rows.view(*x.shape[:-1], -1)
         active = layer.active_adapters
         if args or kwargs or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
             return Linear.forward(layer, x, *args, **kwargs)

@@ -276,8 +276,8 @@ def infer(
     columns = list(zip(*rows, strict=True)) if rows else [()] * 5
     observations = observe(*columns)
     if reliability is None:
-        shown = seen_by_two(observations) or count_rings(observations) >= _ENOUGH_TO_FIT
-        reliability = "fitted" if shown else 1.0
+        known = seen_by_two(observations) or count_rings(observations) >= _ENOUGH_TO_FIT
+        reliability = "fitted" if known else 1.0
     model = fit_label_model(observations, n_judges=max(len(judges), 1), reliability=reliability)
     return Inference(model, tuple(judges), observations, prompts, answers)
 

@@ -22,7 +22,9 @@ TEXT_SIDE = {
     "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "training.health",
 }  # fmt: skip
-MATH_SIDE = {"losses", "logprobs", "lora_linear", "trees", "tree_attention"}
+MATH_SIDE = {
+    "losses", "logprobs", "lora_linear", "fused_layers", "matrix_product", "trees", "tree_attention",
+}  # fmt: skip
 
 
 def name_of(path):

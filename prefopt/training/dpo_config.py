@@ -28,7 +28,7 @@ class DPOConfig(trl.DPOConfig):
     Parameters:
         loss_type: besides TRL's, any of `prefopt.losses.LOSS_NAMES`, and for rows of K answers
             `plackett_luce`, `infonca` and `nca`.
-        micro_batch_tokens: tokens that go through the model at once; None takes 1,024 on a CPU and
+        micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
             16,384 on a GPU. The gradient does not depend on it, memory does. Losses that sort
             their batch (`aot`, `aot_unpaired`) take all rows of a step at once.
         group_by_prompt: let rows with the same prompt follow each other, so that the prompt is
@@ -49,7 +49,7 @@ class DPOConfig(trl.DPOConfig):
     micro_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens that go through the model at once. None: 1024 on CPU, 16384 on GPU."
+            "help": "Tokens that go through the model at once. None: 512 on CPU, 16384 on GPU."
         },
     )
     group_by_prompt: bool = field(

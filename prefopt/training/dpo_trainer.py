@@ -86,7 +86,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens a micro-batch feeds, unless the user says otherwise: enough rows for fast matrix products,
 # few enough that their activations fit beside the weights.
-_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -495,6 +495,10 @@ class DPOTrainer(transformers.Trainer):
         """The micro-batch's share of the step's mean loss."""
         args, device = self.args, self.args.device
         batch = self.scoring.batch(micro_batch.trees, self._pad_token_id).to(device)
+        reference = torch.zeros(batch.targets.shape, device=device)
+        if self.reference.reference.kind != "none":
+            # First, while nothing is kept for a backward pass.
+            reference = self.reference.token_logps(micro_batch.trees, device)
         scores = score_answers(
             model,
             batch,
@@ -503,12 +507,7 @@ class DPOTrainer(transformers.Trainer):
             aux_loss=self.aux_loss_enabled,
         )
         answers = _Answers(scores.tokens, batch.answer_of, batch.lengths)
-        if self.reference.reference.kind == "none":
-            reference = torch.zeros_like(answers.tokens.logprobs)
-        else:
-            reference = self.reference.token_logps(micro_batch.trees, device)
-        policy = answers.tokens.logprobs
-        self._check_step_zero(policy, reference, mode)
+        self._check_step_zero(answers.tokens.logprobs, reference, mode)
         pairs = _Pairs.of(micro_batch, device)
         compared = self._compared(answers, reference, pairs, step.mean_chosen_length)
         losses = self._pair_losses(compared, answers, pairs)
@@ -764,10 +763,11 @@ class DPOTrainer(transformers.Trainer):
     # --- What the loop asks of a batch -----------------------------------------------------------
 
     def _track_num_input_tokens(self, inputs: PlannedBatch) -> None:
-        tokens = torch.tensor(inputs.n_tokens, device=self.args.device)
+        tokens = inputs.n_tokens
         if self.accelerator.num_processes > 1:
-            tokens = self.accelerator.reduce(tokens, reduction="sum")
-        self.state.num_input_tokens_seen += int(tokens)  # saved, so a resumed count goes on
+            share = torch.tensor(tokens, device=self.args.device)
+            tokens = int(self.accelerator.reduce(share, reduction="sum"))
+        self.state.num_input_tokens_seen += tokens  # saved, so a resumed count goes on
 
     def floating_point_ops(self, inputs: PlannedBatch) -> int:
         """Six a parameter and token fed, the usual estimate."""

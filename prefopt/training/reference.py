@@ -219,6 +219,8 @@ class ReferenceCache:
 
     def put(self, values: Mapping[bytes, Tensor]) -> None:
         """Keep the log-probabilities (R,) of some answers."""
+        if not self._in_memory and self._database is None:
+            return
         arrays = {
             key: value.detach().float().cpu().numpy().astype("<f4") for key, value in values.items()
         }

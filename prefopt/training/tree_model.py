@@ -19,7 +19,7 @@ import inspect
 import logging
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,7 +27,12 @@ from torch import Tensor
 
 from prefopt.errors import ModelError
 from prefopt.logprobs import OutputHead, TokenScores, score_tokens
-from prefopt.models import fused_lora
+from prefopt.training.fused_model import (
+    NOTHING_FUSED,
+    FusedPlan,
+    fused_layers,
+    plan_fused_layers,
+)
 from prefopt.tree_attention import (
     FLEX_BLOCK,
     flex_attention,
@@ -62,12 +67,14 @@ class Scoring:
         window: longest prompt with one answer that way "tree" can take, where attention is
             local; None is no limit. Longer ones are padded.
         reason: why it is not the fastest way; empty when it is.
+        fused: layers that run as fused operations.
     """
 
     way: ScoringWay
     backend: AttentionBackend = "segments"
     window: int | None = None
     reason: str = ""
+    fused: FusedPlan = NOTHING_FUSED
 
     def batch(self, trees: Sequence[AnswerTree], pad_token_id: int) -> TreeBatch | PaddedAnswers:
         """The trees in the form that this way takes."""
@@ -273,12 +280,12 @@ def _balancing_loss(model: Any, out: Any, mask: Tensor | None, n_tokens: int) ->
 
 @contextlib.contextmanager
 def tree_attention(model: Any, scoring: Scoring) -> Iterator[None]:
-    """Within the block, `model` attends along trees and its plain LoRA layers are fused.
+    """Within the block, `model` attends along trees and runs fused layers.
 
     The backward pass belongs into the block too: gradient checkpointing runs the forward again.
     """
     base = base_model(model)
-    with fused_lora(model):
+    with fused_layers(model, scoring.fused):
         if scoring.way != "tree" or scoring.backend == "dense":
             yield
             return
@@ -374,7 +381,8 @@ def choose_scoring(model: Any, *, compiled: bool = False) -> Scoring:
     finally:
         model.train(training)
     if scoring.reason:
-        logger.warning("answers are scored the slower way %r: %s", scoring.way, scoring.reason)
+        way = f"tree, {scoring.backend}" if scoring.way == "tree" else scoring.way
+        logger.warning("answers are scored a slower way (%s): %s", way, scoring.reason)
     return scoring
 
 
@@ -392,13 +400,13 @@ def _first_that_agrees(model: Any, base: Any, device: torch.device, compiled: bo
         try:
             with tree_attention(model, scoring):
                 batch = scoring.batch(trees, 0).to(device)
-                found = score_answers(model, batch, scoring, statistics=False).tokens.logprobs
+                found = _tried(model, batch, scoring)
         except (TypeError, ValueError, RuntimeError, NotImplementedError, ModelError) as error:
             message = (str(error).splitlines() or [type(error).__name__])[0]
             reasons.append(f"{scoring.way} fails: {message[:150].rstrip('.')}")
             continue
         if ((found - expected).abs() <= allowed).all():
-            return Scoring(scoring.way, scoring.backend, scoring.window, "; ".join(reasons))
+            return replace(scoring, reason="; ".join(reasons))
         worst = float((found - expected).abs().max())
         reasons.append(f"{scoring.way} differs from the model's own logits by {worst:.2g} nats")
     raise ModelError(
@@ -407,8 +415,23 @@ def _first_that_agrees(model: Any, base: Any, device: torch.device, compiled: bo
     )
 
 
+def _tried(model: Any, batch: TreeBatch | PaddedAnswers, scoring: Scoring) -> Tensor:
+    """Log-probabilities (R,), by a way whose backward pass runs too if anything trains."""
+    trained = next((p for p in model.parameters() if p.requires_grad), None)
+    with torch.set_grad_enabled(trained is not None):
+        found = score_answers(model, batch, scoring, statistics=False).tokens.logprobs
+        if trained is not None:
+            torch.autograd.grad(found.sum(), trained, allow_unused=True)
+    return found.detach()
+
+
 def _ways(model: Any, base: Any, device: torch.device, compiled: bool) -> Iterator[Scoring]:
-    tree: dict[str, Any] = {"window": _attention_window(base.config.get_text_config())}
+    # Under torch.compile the compiler fuses, and finds the modules as they were.
+    fused = NOTHING_FUSED if compiled else plan_fused_layers(model)
+    tree: dict[str, Any] = {
+        "window": _attention_window(base.config.get_text_config()),
+        "fused": fused,
+    }
     refused = _no_trees(model, base)
     if refused:
         yield Scoring("tree", reason=refused)
@@ -417,7 +440,7 @@ def _ways(model: Any, base: Any, device: torch.device, compiled: bool) -> Iterat
     else:
         yield Scoring("tree", "flex" if device.type == "cuda" else "segments", **tree)
         yield Scoring("tree", "dense", **tree)
-    yield Scoring("padded")
+    yield Scoring("padded", fused=fused)
     yield Scoring("logits")
 
 
