@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +283,10 @@ class DPOTrainer(transformers.Trainer):
             self.ref_model.requires_grad_(False)
             # Before anything shards it: how it is scored is found out on whole weights.
             scoring = choose_scoring(self.ref_model)
+            if not self.scoring.fused.norms:
+                # The policy's norms train and are not fused. The same arithmetic on both sides keeps
+                # the margin at exactly 0 before the first step.
+                scoring = replace(scoring, fused=scoring.fused._replace(norms=()))
             self.ref_model = module = prepare_reference(self, self.ref_model)
         else:
             scoring = self.scoring
