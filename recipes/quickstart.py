@@ -42,7 +42,6 @@ class Quickstart(FlowConfig):
             ld_alpha=0.0,
             learning_rate=1.55e-3,
             batch_size=8,
-            micro_batch_size=8,
             max_length=256,
         )
     )

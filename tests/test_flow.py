@@ -44,9 +44,7 @@ def config(out, model, prompts, **changes):
         "k": 3,
         "sampling": SamplingSettings(temperature=1.0, max_new_tokens=10, batch_size=9),
         "lora": LoRASettings(r=4),
-        "dpo": DPOSettings(
-            learning_rate=1e-3, batch_size=2, micro_batch_size=2, max_length=128, epochs=2
-        ),
+        "dpo": DPOSettings(learning_rate=1e-3, batch_size=2, max_length=128, epochs=2),
         **changes,
     }
     return FlowConfig(**values)
@@ -162,7 +160,7 @@ def run_until_done(out, model, prompts, generator, longest_s, kills):
         "--prompts", str(prompts), "--held_out", "4", "--judge", "scripted:shortest", "--k", "3",
         "--sampling.temperature", "1.0", "--sampling.max_new_tokens", "10",
         "--sampling.batch_size", "9", "--lora.r", "4", "--dpo.learning_rate", "1e-3",
-        "--dpo.batch_size", "2", "--dpo.micro_batch_size", "2", "--dpo.max_length", "128",
+        "--dpo.batch_size", "2", "--dpo.max_length", "128",
         "--dpo.epochs", "2",
     ]  # fmt: skip
     killed = 0

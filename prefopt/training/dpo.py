@@ -2,19 +2,18 @@
 
     loss = -log sigmoid(r_chosen - r_rejected),   r = beta * log [pi(y|x) / pi_ref(y|x)]
 
-(Rafailov et al. 2023, arXiv:2305.18290, eq. 7). The loop and the losses are TRL's `DPOTrainer`; this
-module gives it token ids whose boundaries `prefopt.chat` decided, proves before the first step that
-policy and reference are the same model, and continues a killed run from its last whole checkpoint.
+(Rafailov et al. 2023, arXiv:2305.18290, eq. 7). The loop and the losses are `DPOTrainer`'s; this
+module gives it token ids whose boundaries `prefopt.chat` decided, writes the adapter with its card
+and log, and continues a killed run from its last whole checkpoint.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from prefopt.chat import tokenize_preference
-from prefopt.errors import DataError, ModelError, TrainingError
+from prefopt.errors import DataError, ModelError
 from prefopt.models import (
     Device,
     DType,
@@ -40,8 +39,10 @@ logger = logging.getLogger(__name__)
 
 LossName = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "cdpo", "gdpo",
+    "simpo", "orpo", "dpop", "rdpo", "rao_kupper", "davidson", "nll",
 ]  # fmt: skip
+"""The losses of `prefopt.losses`, repeated here so that settings can be read without torch."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,16 @@ class DPOSettings:
             2e-5 below four, 1e-5 below fifteen, 5e-6 above.
         epochs: passes over the pairs.
         batch_size: pairs an optimiser step.
-        micro_batch_size: pairs held in memory at once; must divide batch_size.
+        micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
+            16,384 on a GPU. It decides about memory and never about the result.
         max_length: tokens of prompt and answer together; longer answers are cut at the end.
-        loss: one or several of TRL's losses, added up with `loss_weights`.
+        loss: one or several losses (`prefopt.losses` says what each is), added up with
+            `loss_weights`.
         loss_weights: a weight for each loss; None weighs all 1.
-        label_smoothing: for the losses that use it (robust, exo_pair).
+        label_smoothing: for the losses that use it (robust, exo_pair, cdpo).
+        soft_labels: what a pair's `p_chosen` below 1 does: the loss expected under it ("expected"),
+            the margin scaled by it ("geometric"), the unbiased estimate for flipped labels
+            ("robust"), or nothing ("ignore").
         ld_alpha: LD-DPO (Liu et al. 2024, arXiv:2409.06411): weight in [0, 1] of the tokens by which
             the longer answer of a pair exceeds the shorter; None is ordinary DPO, as is 1.
         warmup: share of the steps over which the rate rises from 0.
@@ -75,11 +81,12 @@ class DPOSettings:
     learning_rate: float | None = None
     epochs: float = 1.0
     batch_size: int = 16
-    micro_batch_size: int = 4
+    micro_batch_tokens: int | None = None
     max_length: int = 1024
     loss: list[LossName] = field(default_factory=lambda: ["sigmoid"])
     loss_weights: list[float] | None = None
     label_smoothing: float = 0.0
+    soft_labels: Literal["expected", "geometric", "robust", "ignore"] = "expected"
     ld_alpha: float | None = None
     warmup: float = 0.1
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
@@ -97,14 +104,11 @@ class DPOSettings:
                 problems.append(f"{name} must be positive, got {getattr(self, name)}")
         if self.learning_rate is not None and self.learning_rate <= 0:
             problems.append(f"learning_rate must be positive, got {self.learning_rate}")
-        for name in ("batch_size", "micro_batch_size", "max_length"):
+        for name in ("batch_size", "max_length"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
-            problems.append(
-                f"micro_batch_size must divide batch_size, got {self.micro_batch_size} and "
-                f"{self.batch_size}"
-            )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            problems.append(f"micro_batch_tokens must be positive, got {self.micro_batch_tokens}")
         if not self.loss:
             problems.append("loss needs at least one name")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
@@ -195,13 +199,11 @@ def train_dpo(
     _claim_checkpoints(checkpoint_dir, loaded.base, rows, settings, lora)
     trainer = _make_trainer(loaded, rows, settings, lora, checkpoint_dir, progress)
     logger.info("the DPO reference is %s; %d pairs", reference, len(rows))
-    _check_step_zero(trainer, exact=not lora.dora, reference=reference)
 
     resume = _last_whole_checkpoint(checkpoint_dir)
     if resume is not None:
         logger.warning("continuing from %s", resume.name)
-    with _score_answer_positions_only():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     points = training_points(trainer.state.log_history)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -220,8 +222,6 @@ def train_dpo(
         points=points,
         health=health,
     )
-    if any(not math.isfinite(p.loss) for p in points):
-        raise TrainingError(health[0].message)
     _save(trainer.model, loaded, result, settings, lora)
     shutil.rmtree(checkpoint_dir, ignore_errors=True)
     return result
@@ -236,11 +236,11 @@ def load_training_log(adapter: str | Path) -> tuple[TrainingPoint, ...]:
 
 def _tokenized_rows(
     groups: Sequence[PreferenceGroup], tokenizer: Any, max_length: int
-) -> list[dict[str, list[int]]]:
-    rows: list[dict[str, list[int]]] = []
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for group in groups:
-        for chosen, rejected, _ in group.pairs():
+        for chosen, rejected, preference in group.pairs():
             ids = tokenize_preference(tokenizer, chosen, rejected)
             room = max_length - len(ids.prompt_ids)
             where = f"pair {len(rows) + len(problems) + 1} ({group.prompt.text[:50]!r})"
@@ -254,6 +254,7 @@ def _tokenized_rows(
                         "prompt_ids": list(ids.prompt_ids),
                         "chosen_ids": list(ids.chosen_ids[:room]),
                         "rejected_ids": list(ids.rejected_ids[:room]),
+                        "p_chosen": preference.p_chosen,
                     }
                 )
     if problems:
@@ -269,31 +270,21 @@ def _tokenized_rows(
 
 def _make_trainer(
     loaded: LanguageModel,
-    rows: list[dict[str, list[int]]],
+    rows: list[dict[str, Any]],
     settings: DPOSettings,
     lora: LoRASettings,
     checkpoint_dir: Path,
     progress: bool,
 ) -> Any:
     import datasets
-    import trl
-    from transformers import TrainerCallback
 
     from prefopt.training.callbacks import ProgressBar
-
-    class Trainer(trl.DPOTrainer):
-        """TRL's trainer on rows that are token ids already."""
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            """Left out: `train_dpo` writes the card once, at the end."""
+    from prefopt.training.dpo_trainer import DPOConfig, DPOTrainer
 
     steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
     on_cpu = loaded.device.type == "cpu"
-    args = trl.DPOConfig(
+    args = DPOConfig(
         output_dir=str(checkpoint_dir),
         beta=settings.beta,
         loss_type=list(settings.loss),
@@ -302,8 +293,9 @@ def _make_trainer(
         ld_alpha=settings.ld_alpha,
         learning_rate=settings.learning_rate or default_learning_rate(n_parameters),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        soft_labels=settings.soft_labels,
+        per_device_train_batch_size=settings.batch_size,
+        micro_batch_tokens=settings.micro_batch_tokens,
         max_length=settings.max_length,
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.schedule,
@@ -324,80 +316,22 @@ def _make_trainer(
         report_to=list(settings.report_to) or "none",
     )
 
-    class StopWhenLost(TrainerCallback):
-        """A loss that is not finite ends the training."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if not math.isfinite(float(logs.get("loss", 0.0))):
-                control.should_training_stop = True
-
     is_peft = hasattr(loaded.model, "peft_config")
-    trainer = Trainer(
+    trainer = DPOTrainer(
         model=loaded.model,
         args=args,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=loaded.tokenizer,
         peft_config=None if is_peft else lora_config(lora),
-        callbacks=[StopWhenLost()],
     )
     ProgressBar(description="training (DPO)", show=progress).attach(trainer)
     return trainer
 
 
-@contextlib.contextmanager
-def _score_answer_positions_only() -> Iterator[None]:
-    """On CPU, let TRL project only the positions that have a label through the output head.
-
-    TRL 1.16 does so on GPUs and scores every position elsewhere, to keep shapes fixed for backends
-    that compile; for a small model with a large vocabulary that is much of the work. The results are
-    the same numbers. Where TRL no longer has this switch, nothing changes.
-    """
-    from trl.trainer import utils
-
-    original = getattr(utils, "_use_triton", None)
-    if original is None:
-        yield
-        return
-    utils._use_triton = lambda device: device.type == "cpu" or original(device)
-    try:
-        yield
-    finally:
-        utils._use_triton = original
-
-
-def _check_step_zero(trainer: Any, *, exact: bool, reference: str) -> None:
-    """Refuse to train unless policy and reference give the first batch the same log-probabilities.
-
-    At initialisation the policy is the reference, so every implicit reward is 0 and the sigmoid loss
-    is ln 2. Anything else means that the run would be regularised towards some other model. DoRA
-    renormalises the weights once, which costs rounding in the last digits; all else is exact.
-    """
-    import torch
-
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    was_training = trainer.model.training
-    trainer.model.eval()
-    with torch.no_grad():
-        trainer.compute_loss(trainer.model, batch)
-    metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
-    trainer._metrics["eval"].clear()
-    trainer.model.train(was_training)
-    margin = metrics["rewards/margins"]
-    rewards = (abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"]))
-    if max(abs(margin), *rewards) > (0.0 if exact else 1e-3):
-        raise TrainingError(
-            f"before the first step policy and reference differ: margin {margin:.3g}, rewards "
-            f"{rewards[0]:.3g} and {rewards[1]:.3g}, expected exactly 0. The reference is "
-            f"{reference}. Set lora.dropout to 0, and pass the adapter to be trained further as "
-            "lora.continue_from rather than merged or active in the model."
-        )
-    logger.info("step 0: margin 0, loss ln 2; policy and reference agree")
-
-
 def _claim_checkpoints(
     folder: Path,
     model_name: str,
-    rows: list[dict[str, list[int]]],
+    rows: list[dict[str, Any]],
     settings: DPOSettings,
     lora: LoRASettings,
 ) -> None:
