@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import build_parser
+from prefopt.losses import LOSS_NAMES
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,27 @@ def test_the_callbacks_of_the_docs_run_as_written(tmp_path, monkeypatch):
         exec(compile(block, "docs/callbacks.md", "exec"), names)
     assert (tmp_path / "out" / "sampled_answers.jsonl").is_file()
     assert "eval_win_rate" in names["trainer"].evaluate()
+
+
+def test_the_dpo_script_of_the_docs_runs_as_written(tmp_path, monkeypatch):
+    """With a tiny model, and the row of K answers that the page shows among the pairs' rows."""
+    tiny_model = save_tiny_model(tmp_path / "tiny", context=1024)
+    page = ROOT / "docs" / "dpo.md"
+    (row,) = blocks(page, "json")
+    (tmp_path / "pairs.jsonl").write_text(row * 4)
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(page, "python")
+    for shown, run in {
+        "Qwen/Qwen3-0.6B": tiny_model,
+        'output_dir="out",': 'output_dir="out", report_to="none", use_cpu=True, bf16=False,',
+        "load_dataset(": "load_dataset(cache_dir='cache', path=",
+    }.items():
+        block = block.replace(shown, run)
+    names = {}
+    exec(compile(block, "docs/dpo.md", "exec"), names)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert names["trainer"].scoring.way == "tree"
+    assert all(f"`{name}`" in page.read_text(encoding="utf-8") for name in LOSS_NAMES)
 
 
 def test_options_named_in_the_docs_exist():
