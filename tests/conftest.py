@@ -6,9 +6,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import gc
+
 import pytest
 
 from tests.tiny_models import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def light_collections():
+    """What is in memory now is no longer looked through by every garbage collection.
+
+    Every training begins with one, and walking over all imported modules takes longer than to train.
+    """
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -412,22 +412,24 @@ class DPOTrainer(transformers.Trainer):
             return [], None
         plan = self._plan(rows)
         n_rows = float(len(rows))
+        n_tokens: float = sum(row.n_tokens for row in rows)
         chosen = sum(
             pair.weight * len(row.sequences[pair.chosen].answer_ids)
             for row in rows
             for pair in row.pairs
         )
         if self.accelerator.num_processes > 1:
-            counts = torch.tensor([n_rows, chosen], dtype=torch.float64, device=device)
-            n_rows, chosen = self.accelerator.reduce(counts, reduction="sum").tolist()
+            # All counts here, where every process is once a step: the calls that follow may do
+            # nothing on one process and something on another.
+            counts = torch.tensor([n_rows, chosen, n_tokens], dtype=torch.float64, device=device)
+            n_rows, chosen, n_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
         # The last call must not be empty: it is the one in which processes add up their gradients.
         shares = [plan[len(plan) * i // len(batches) : len(plan) * (i + 1) // len(batches)]
                   for i in range(len(batches))]  # fmt: skip
         if not shares[-1]:
             shares[-1] = [next(share for share in reversed(shares) if share).pop()]
-        n_tokens = sum(row.n_tokens for row in rows)
         return [
-            PlannedBatch(tuple(share), n_rows, chosen / n_rows, n_tokens if i == 0 else 0)
+            PlannedBatch(tuple(share), n_rows, chosen / n_rows, int(n_tokens) if i == 0 else 0)
             for i, share in enumerate(shares)
         ], None
 
@@ -767,11 +769,7 @@ class DPOTrainer(transformers.Trainer):
     # --- What the loop asks of a batch -----------------------------------------------------------
 
     def _track_num_input_tokens(self, inputs: PlannedBatch) -> None:
-        tokens = inputs.n_tokens
-        if self.accelerator.num_processes > 1:
-            share = torch.tensor(tokens, device=self.args.device)
-            tokens = int(self.accelerator.reduce(share, reduction="sum"))
-        self.state.num_input_tokens_seen += tokens  # saved, so a resumed count goes on
+        self.state.num_input_tokens_seen += inputs.n_tokens  # saved, so a resumed count goes on
 
     def floating_point_ops(self, inputs: PlannedBatch) -> int:
         """Six a parameter and token fed, the usual estimate."""

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -180,7 +181,9 @@ class ReferenceCache:
         self._database: sqlite3.Connection | None = None
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._open(self._path)
+            # SQLite does not wait for its turn while another process makes the file.
+            with filelock.FileLock(self._path.with_suffix(".lock")):
+                self._open(self._path)
 
     def _open(self, path: Path) -> None:
         try:

@@ -35,6 +35,8 @@ from tests.training.dpo_cases import (
     weights,
 )
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 ROWS = pair_rows()
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -243,7 +245,7 @@ def test_metrics_of_pairs_by_hand(tmp_path):
         "eval_logps/chosen": sum(logp(POLICY, r["prompt_ids"], r["chosen_ids"]) for r in ROWS) / n,
     }
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-5), name
+        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
     assert 0 < found["eval_rewards/accuracies"] < 1
 
 

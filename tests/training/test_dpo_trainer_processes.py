@@ -38,7 +38,7 @@ def in_two_processes(folder, settings):
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -51,10 +51,12 @@ def free_port():
     return int(subprocess.check_output([sys.executable, "-c", code]))
 
 
-def assert_same_training(folder, settings, **alone):
+def assert_same_training(folder, settings):
     """Two processes of two rows each against one of four."""
+    settings = {"train_sampling_strategy": "sequential", "max_steps": 3, **settings}
     found, logged = in_two_processes(folder / "two", {"per_device_train_batch_size": 2, **settings})
-    one = trained(folder / "one", ROWS, per_device_train_batch_size=4, **{**settings, **alone})
+    alone = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    one = trained(folder / "one", ROWS, **{**settings, **alone})
     expected = weights(one)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -63,15 +65,18 @@ def assert_same_training(folder, settings, **alone):
     for own, other in zip(logged, metrics(one), strict=True):
         assert own.keys() == other.keys()
         for name, value in other.items():
-            assert own[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            same = own[name] == pytest.approx(value, rel=1e-4, abs=1e-5)
+            assert same or name == "epoch", name  # which counts batches
 
 
 def test_two_processes_are_one(tmp_path):
-    """Micro-batches so small that the processes have unlike numbers of them, and token means."""
+    """Token means, accumulation, and unlike numbers of micro-batches, in some calls none."""
     settings = {
-        "train_sampling_strategy": "sequential", "micro_batch_tokens": 12, "max_steps": 3,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "micro_batch_tokens": 20,
         "loss_type": ["sigmoid", "sft"],
-    }  # fmt: skip
+    }
     assert_same_training(tmp_path, settings)
 
 
@@ -79,13 +84,12 @@ def test_two_processes_are_one(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
-        {"precompute_ref_log_probs": True},
+        {"micro_batch_tokens": 12},
+        {"micro_batch_tokens": 20, "precompute_ref_log_probs": True},
         {"use_weighting": True, "ld_alpha": 0.5},
     ],
     ids=str,
 )
 def test_two_processes_are_one_in_further_settings(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
-    settings = {"train_sampling_strategy": "sequential", "micro_batch_tokens": 20, **settings}
-    assert_same_training(tmp_path, settings, gradient_accumulation_steps=1)
+    assert_same_training(tmp_path, settings)

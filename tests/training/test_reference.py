@@ -8,10 +8,12 @@ import copy
 import shutil
 import sqlite3
 import threading
+import time
 
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -34,6 +36,8 @@ from tests.training.dpo_cases import (
     tiny_policy,
     trained,
 )
+
+pytestmark = pytest.mark.usefixtures("light_collections")
 
 ROWS = pair_rows()
 # Distinct (prompt, answer): the rows' answers repeat.
@@ -59,8 +63,7 @@ def n_computed(trainer):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"learning_rate": 0.01},
-        {"beta": 0.7},
+        {"learning_rate": 0.01, "beta": 0.7},
         {"loss_type": ["ipo", "sft"]},
         {"ld_alpha": 0.3},
         {"use_weighting": True},
@@ -317,6 +320,26 @@ def test_two_trainers_share_a_folder_at_the_same_time(tmp_path):
             per_device_train_batch_size=6 if name == "one" else 9,
         )  # fmt: skip
         assert_same_run(own, plain)
+
+
+def test_one_after_the_other_makes_the_file(tmp_path):
+    """Several at once now and then get "database is locked" from SQLite, which does not wait here."""
+    held, done = threading.Event(), []
+
+    def hold():
+        with FileLock(tmp_path / "reference.lock"):
+            held.set()
+            time.sleep(0.3)
+            done.append(True)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    cache = ReferenceCache(tmp_path, "f")
+    assert done
+    other.join()
+    cache.put({b"key": torch.ones(1)})
+    assert cache.get([b"key"])[b"key"] == 1
 
 
 def test_many_writers_lose_nothing(tmp_path):
