@@ -40,6 +40,7 @@ class Quickstart(FlowConfig):
         default_factory=lambda: DPOSettings(
             beta=0.3,
             ld_alpha=0.0,
+            soft_labels="ignore",  # only pairs that both orders call "much better" are left
             learning_rate=1.55e-3,
             batch_size=8,
             max_length=256,

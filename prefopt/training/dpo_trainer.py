@@ -298,11 +298,11 @@ class DPOTrainer(transformers.Trainer):
         fingerprint = ""
         if folder is not None and kind != "none":
             fingerprint = weights_fingerprint(reference, autocast=args.mixed_precision)
-        several_epochs = args.num_train_epochs > 1 or args.max_steps > 0
+        again = args.num_train_epochs > 1 or args.max_steps > 0 or args.eval_strategy != "no"
         cache = ReferenceCache(
             folder,
             fingerprint,
-            in_memory=not args.sync_ref_model and (several_epochs or args.precompute_ref_log_probs),
+            in_memory=not args.sync_ref_model and (again or args.precompute_ref_log_probs),
         )
         self.reference = ReferenceScorer(
             reference,
