@@ -30,7 +30,7 @@ def matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if torch.compiler.is_compiling():  # the compiler has its own choice of library
         return torch.nn.functional.linear(x, weight, bias)
-    if on_cpu and x.shape[0] >= _FEW_ROWS and _has_onednn():
+    if on_cpu and x.shape[0] >= _FEW_ROWS and weight.numel() and _has_onednn():
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out
     return torch.nn.functional.linear(x, weight, bias)
