@@ -70,20 +70,21 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+        first, second = sin.chunk(2, dim=-1)
+        return _rotated(x, cos, first, second, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         # The halves of sin change places: it multiplies what the other half was.
-        half = sin.shape[-1] // 2
-        turned = torch.cat((sin[..., half:], sin[..., :half]), dim=-1)
-        return _rotated(grad, cos, turned, -1), None, None
+        first, second = sin.chunk(2, dim=-1)
+        return _rotated(grad, cos, second, first, -1), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    half = x.shape[-1] // 2
+def _rotated(x: Tensor, cos: Tensor, sin_first: Tensor, sin_second: Tensor, sign: int) -> Tensor:
     out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    first, second = x.chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    out_first.addcmul_(second, sin_first, value=-sign)
+    out_second.addcmul_(first, sin_second, value=sign)
     return out
