@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from prefopt.errors import TrainingError
+from prefopt.training.fused_model import NOTHING_FUSED
 from prefopt.training.tree_model import Scoring, base_model, score_answers, tree_attention
 from prefopt.trees import AnswerTree
 
@@ -264,6 +266,7 @@ class ReferenceScorer:
     def release_model(self) -> None:
         """Forget the model, so that its memory can be used; what is cached stays."""
         self.reference = Reference(self.reference.kind, None)
+        self._scoring = replace(self._scoring, fused=NOTHING_FUSED)  # it names the model's modules
 
     def token_logps(self, trees: Sequence[AnswerTree], device: torch.device) -> Tensor:
         """Log-probabilities (R,) of the answers' tokens, answer after answer, on `device`.
