@@ -50,9 +50,6 @@ def segment_attention(
         (1, H, T, D_v).
     """
     attend = partial(_attend, scale=scale, softcap=softcap, dropout=dropout)
-    repeat = query.shape[1] // key.shape[1]
-    if repeat > 1:
-        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
     outputs = []
     for start, prompt_length, answer_lengths, end in ((*span, span.end) for span in spans):
         sizes = (prompt_length, *answer_lengths)
@@ -77,14 +74,23 @@ def _attend(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Attention of the last S of L tokens to all L, causally. query (1, H, S, D), key (1, H, L, D)."""
+    """Attention of the last S of L tokens to all L, causally. (1, H, S, D) and (1, H_kv, L, D)."""
     s, length = query.shape[2], key.shape[2]
     seen = torch.ones(s, length, dtype=torch.bool, device=query.device).tril(length - s)
+    repeat = query.shape[1] // key.shape[1]
     if softcap is None:
         mask = None if s == length else seen  # is_causal spares the masked half
         return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scale
+            query,
+            key,
+            value,
+            mask,
+            dropout,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=repeat > 1,  # keys and values shared by heads are not written out
         )
+    key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
