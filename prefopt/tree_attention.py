@@ -119,16 +119,19 @@ def flex_attention(
     Returns:
         (1, H, T, D).
     """
-    # Under autocast a norm of q and k leaves them in float32, while v is what a product made.
-    result: Tensor = _flex(query.device.type == "cuda")(
-        query.to(value.dtype),
-        key.to(value.dtype),
-        value,
-        score_mod=None if softcap is None else _softcap(softcap),
-        block_mask=block_mask,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    # A second model's scale or soft cap would become a symbol of the graph, which FlexAttention cannot
+    # take; as a constant it gets a graph of its own.
+    with torch._dynamo.config.patch(specialize_float=True):
+        # Under autocast a norm of q and k leaves them in float32, while v is what a product made.
+        result: Tensor = _flex(query.device.type == "cuda")(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            score_mod=None if softcap is None else _softcap(softcap),
+            block_mask=block_mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     return result
 
 
