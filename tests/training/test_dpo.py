@@ -184,12 +184,14 @@ def test_training_refuses_to_start_when_policy_and_reference_differ(
 
 
 def test_how_sure_a_label_is_counts_unless_it_is_ignored(tiny_model, tmp_path):
-    def trained(soft_labels):
+    def last(soft_labels):
         settings = replace(SETTINGS, soft_labels=soft_labels)
-        return train(tiny_model, tmp_path / soft_labels, settings=settings).points[-1].margin
+        return train(tiny_model, tmp_path / soft_labels, settings=settings).points[-1]
 
-    sure, soft = trained("ignore"), trained("expected")
-    assert 0.0 < soft < sure  # p_chosen is .9: the margin has a finite optimum
+    sure, soft = last("ignore"), last("expected")
+    # p_chosen is .9, and .9 l(m) + .1 l(-m) = l(m) + .1 m for the sigmoid loss l of a margin m.
+    assert sure.margin > 0.05
+    assert soft.loss == pytest.approx(sure.loss + 0.1 * sure.margin, rel=1e-3)
 
 
 def test_the_names_of_the_losses_are_those_that_there_are():

@@ -44,7 +44,7 @@ SHAPE = (
 )  # fmt: skip
 
 
-def assert_same_weights(one, two, tolerance=1e-6):
+def assert_same_weights(one, two, tolerance=5e-6):
     one, two = weights(one), weights(two)
     assert one.keys() == two.keys()
     for name, value in two.items():
