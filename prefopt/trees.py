@@ -5,7 +5,8 @@
 
 An answer attends to its prompt and to itself, and its positions go on from the prompt's end, so its
 log-probabilities are those it has alone behind the prompt. K answers cost K + 1 segments, whatever
-the number of pairs among them. The last token of an answer predicts nothing and is not fed.
+the number of pairs among them. The last token of an answer predicts nothing, so it is fed only where
+its hidden state is asked for: a reward model reads its score there.
 
 Pure tensors: knows nothing of models, tokenizers or losses.
 """
@@ -54,6 +55,7 @@ class TreeBatch(NamedTuple):
     targets: Tensor  # (R,) the answer tokens, answer after answer
     answer_of: Tensor  # (R,) which of the A answers each token belongs to, ascending
     lengths: Tensor  # (A,) tokens of each answer
+    ends: Tensor  # (A,) index in the row of each answer's last token; (0,) where that is not fed
 
     @property
     def n_answers(self) -> int:
@@ -71,10 +73,14 @@ class TreeBatch(NamedTuple):
         return TreeBatch(*moved)
 
 
-def pack_trees(trees: Sequence[AnswerTree]) -> TreeBatch:
+def pack_trees(trees: Sequence[AnswerTree], *, feed_last: bool = False) -> TreeBatch:
     """Lay trees one after the other into one flat row.
 
     Answers are numbered through all trees in order.
+
+    Args:
+        trees: the prompts with their answers.
+        feed_last: whether the last token of each answer is fed too.
 
     Raises:
         ValueError: no trees, or a tree with an empty prompt, no answers or an empty answer: then no
@@ -87,7 +93,9 @@ def pack_trees(trees: Sequence[AnswerTree]) -> TreeBatch:
     predictor: list[int] = []
     targets: list[int] = []
     lengths: list[int] = []
+    ends: list[int] = []
     spans: list[TreeSpan] = []
+    unfed = 0 if feed_last else 1
     for index, (prompt, answers) in enumerate(trees):
         if not prompt or not answers or not all(answers):
             raise ValueError(
@@ -99,13 +107,15 @@ def pack_trees(trees: Sequence[AnswerTree]) -> TreeBatch:
         positions.extend(range(n))
         for answer in answers:
             at = len(ids)
-            ids.extend(answer[:-1])
-            positions.extend(range(n, n + len(answer) - 1))
+            fed = len(answer) - unfed
+            ids.extend(answer[:fed])
+            positions.extend(range(n, n + fed))
             predictor.append(start + n - 1)
             predictor.extend(range(at, at + len(answer) - 1))
             targets.extend(answer)
             lengths.append(len(answer))
-        spans.append(TreeSpan(start, n, tuple(len(a) - 1 for a in answers)))
+            ends.append(len(ids) - 1)
+        spans.append(TreeSpan(start, n, tuple(len(a) - unfed for a in answers)))
     counts = torch.tensor(lengths)
     return TreeBatch(
         input_ids=torch.tensor([ids]),
@@ -115,6 +125,7 @@ def pack_trees(trees: Sequence[AnswerTree]) -> TreeBatch:
         targets=torch.tensor(targets),
         answer_of=torch.repeat_interleave(torch.arange(len(lengths)), counts),
         lengths=counts,
+        ends=torch.tensor(ends if feed_last else [], dtype=torch.long),
     )
 
 
@@ -166,6 +177,7 @@ class PaddedAnswers(NamedTuple):
     targets: Tensor  # (R,)
     answer_of: Tensor  # (R,)
     lengths: Tensor  # (A,)
+    ends: Tensor  # (A,) index of each answer's last token into the flattened positions
 
     @property
     def n_answers(self) -> int:
@@ -196,12 +208,14 @@ def pad_trees(trees: Sequence[AnswerTree], pad_token_id: int) -> PaddedAnswers:
     ids = torch.full((len(rows), width), pad_token_id)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     predictor: list[int] = []
+    ends: list[int] = []
     for row, (prompt, answer) in enumerate(rows):
         n = len(prompt) + len(answer)
         ids[row, :n] = torch.tensor(prompt + answer)
         mask[row, :n] = 1
         first = row * width + len(prompt) - 1
         predictor.extend(range(first, first + len(answer)))
+        ends.append(row * width + n - 1)
     return PaddedAnswers(
         input_ids=ids,
         attention_mask=mask,
@@ -209,6 +223,7 @@ def pad_trees(trees: Sequence[AnswerTree], pad_token_id: int) -> PaddedAnswers:
         targets=flat.targets,
         answer_of=flat.answer_of,
         lengths=flat.lengths,
+        ends=torch.tensor(ends),
     )
 
 

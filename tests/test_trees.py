@@ -43,6 +43,25 @@ def test_two_trees_by_hand():
     assert (ONE.n_tokens, TWO.n_tokens) == (6, 3)
 
 
+def test_two_trees_with_every_last_token_by_hand():
+    batch = pack_trees([ONE, TWO], feed_last=True)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 20, 21, 22, 4, 5, 30, 40, 41]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 2, 3]]
+    assert batch.spans == (TreeSpan(0, 3, (2, 3)), TreeSpan(8, 2, (1, 2)))
+    assert batch.predictor.tolist() == [2, 3, 2, 5, 6, 9, 9, 11]
+    assert batch.ends.tolist() == [4, 7, 10, 12]
+    assert batch.targets.tolist() == pack_trees([ONE, TWO]).targets.tolist()
+    assert pack_trees([ONE, TWO]).ends.tolist() == []
+
+
+@quick
+@given(trees)
+def test_ends_hold_the_last_token_of_each_answer(given_trees):
+    last = [answer[-1] for tree in given_trees for answer in tree.answers]
+    for batch in (pack_trees(given_trees, feed_last=True), pad_trees(given_trees, 0)):
+        assert batch.input_ids.flatten()[batch.ends].tolist() == last
+
+
 def test_the_mask_by_hand():
     seen = tree_mask(pack_trees([AnswerTree((1, 2), ((3, 4, 5), (6, 7))), TWO]).spans)[0, 0]
     assert seen.int().tolist() == [
@@ -151,7 +170,7 @@ def test_moving_a_batch_moves_every_tensor():
         moved = batch.to("meta")
         assert type(moved) is type(batch)
         tensors = [x for x in moved if isinstance(x, torch.Tensor)]
-        assert len(tensors) == 6
+        assert len(tensors) == 7
         assert {x.device.type for x in tensors} == {"meta"}
     assert pack_trees([ONE]).to("meta").spans == pack_trees([ONE]).spans
 

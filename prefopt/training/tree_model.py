@@ -68,6 +68,8 @@ class Scoring:
             local; None is no limit. Longer ones are padded.
         reason: why it is not the fastest way; empty when it is.
         fused: layers that run as fused operations.
+        segment_cost: how many tokens take as long as one more segment; where padding costs less
+            than the segments of many short answers would, way "tree" pads.
     """
 
     way: ScoringWay
@@ -75,15 +77,22 @@ class Scoring:
     window: int | None = None
     reason: str = ""
     fused: FusedPlan = NOTHING_FUSED
+    segment_cost: float = 0.0
 
-    def batch(self, trees: Sequence[AnswerTree], pad_token_id: int) -> TreeBatch | PaddedAnswers:
-        """The trees in the form that this way takes."""
-        if self.way == "tree" and (
-            self.window is None
-            or all(len(t.prompt_ids) + max(map(len, t.answers)) <= self.window for t in trees)
-        ):
-            return pack_trees(trees)
-        return pad_trees(trees, pad_token_id)
+    def batch(
+        self, trees: Sequence[AnswerTree], pad_token_id: int, *, feed_last: bool = False
+    ) -> TreeBatch | PaddedAnswers:
+        """The trees in the form that this way takes, with each answer's last token or without."""
+        if self.way != "tree":
+            return pad_trees(trees, pad_token_id)
+        longest = [len(t.prompt_ids) + max(map(len, t.answers)) for t in trees]
+        if self.window is not None and max(longest) > self.window:
+            return pad_trees(trees, pad_token_id)
+        n_answers = sum(len(t.answers) for t in trees)
+        segments = self.segment_cost * (len(trees) + n_answers)
+        if max(longest) * n_answers < sum(t.n_tokens for t in trees) + segments:
+            return pad_trees(trees, pad_token_id)
+        return pack_trees(trees, feed_last=feed_last)
 
 
 class AnswerScores(NamedTuple):
@@ -141,17 +150,7 @@ def score_answers(
         log_sum_sq: whether log sum_v p_v^2 is wanted too.
         aux_loss: whether a mixture-of-experts model's balancing loss is wanted too.
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if isinstance(batch, TreeBatch):
-        inputs["position_ids"] = batch.position_ids
-        if scoring.backend == "dense":
-            inputs["attention_mask"] = tree_mask(batch.spans, batch.input_ids.device)
-        elif scoring.backend == "flex":
-            inputs |= _whole_blocks(batch)
-        else:
-            inputs["tree_route"] = _TreeRoute(batch.spans, None)
-    else:
-        inputs["attention_mask"] = batch.attention_mask
+    inputs = _inputs(batch, scoring)
     if aux_loss:
         inputs["output_router_logits"] = True
     scores: AnswerScores = model(
@@ -166,6 +165,38 @@ def score_answers(
         ),
     )
     return scores
+
+
+def answer_states(
+    model: Any, batch: TreeBatch | PaddedAnswers, scoring: Scoring, index: Tensor
+) -> Tensor:
+    """Hidden states after the last norm, at chosen tokens; within `tree_attention` like the scores.
+
+    Args:
+        model: a model taught by `add_answer_scoring`, however it is wrapped.
+        batch: what `scoring.batch` returned, on the model's device.
+        scoring: what `choose_scoring` returned for the model.
+        index: (N,) places in the flattened batch, such as its `predictor` or `ends`.
+
+    Returns:
+        (N, D), in the model's dtype.
+    """
+    states: Tensor = model(**_inputs(batch, scoring), answers=_States(index))
+    return states
+
+
+def _inputs(batch: TreeBatch | PaddedAnswers, scoring: Scoring) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if not isinstance(batch, TreeBatch):
+        return inputs | {"attention_mask": batch.attention_mask}
+    inputs["position_ids"] = batch.position_ids
+    if scoring.backend == "dense":
+        inputs["attention_mask"] = tree_mask(batch.spans, batch.input_ids.device)
+    elif scoring.backend == "flex":
+        inputs |= _whole_blocks(batch)
+    else:
+        inputs["tree_route"] = _TreeRoute(batch.spans, None)
+    return inputs
 
 
 def _whole_blocks(batch: TreeBatch) -> dict[str, Any]:
@@ -189,6 +220,10 @@ def _whole_blocks(batch: TreeBatch) -> dict[str, Any]:
     }
 
 
+class _States(NamedTuple):
+    index: Tensor
+
+
 class _Asked(NamedTuple):
     predictor: Tensor
     targets: Tensor
@@ -198,7 +233,9 @@ class _Asked(NamedTuple):
     n_tokens: int
 
 
-def _score(model: Any, original: Any, asked: _Asked, *args: Any, **kwargs: Any) -> AnswerScores:
+def _score(
+    model: Any, original: Any, asked: _Asked | _States, *args: Any, **kwargs: Any
+) -> AnswerScores | Tensor:
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     kwargs.pop("return_dict", None)
     mask = kwargs.get("attention_mask")
@@ -206,6 +243,9 @@ def _score(model: Any, original: Any, asked: _Asked, *args: Any, **kwargs: Any) 
         # transformers' own eager attention adds its mask to the scores.
         lowest = torch.finfo(model.dtype).min
         kwargs["attention_mask"] = torch.where(mask, 0.0, lowest).to(model.dtype)
+    if isinstance(asked, _States):
+        states: Tensor = model.base_model(*args, **kwargs).last_hidden_state
+        return states.flatten(0, 1)[asked.index]
     if asked.from_logits:
         out = original(*args, **kwargs)
         rows = out.logits.flatten(0, -2) if out.logits.dim() == 3 else out.logits
@@ -399,7 +439,7 @@ def _first_that_agrees(model: Any, base: Any, device: torch.device, compiled: bo
             continue
         try:
             with tree_attention(model, scoring):
-                batch = scoring.batch(trees, 0).to(device)
+                batch = replace(scoring, segment_cost=0.0).batch(trees, 0).to(device)
                 found = _tried(model, batch, scoring)
         except (TypeError, ValueError, RuntimeError, NotImplementedError, ModelError) as error:
             message = (str(error).splitlines() or [type(error).__name__])[0]
@@ -438,10 +478,20 @@ def _ways(model: Any, base: Any, device: torch.device, compiled: bool) -> Iterat
     elif compiled:
         yield Scoring("tree", "dense", **tree)
     else:
-        yield Scoring("tree", "flex" if device.type == "cuda" else "segments", **tree)
+        if device.type == "cuda":
+            yield Scoring("tree", "flex", **tree)
+        else:
+            yield Scoring("tree", "segments", segment_cost=_segment_cost(base), **tree)
         yield Scoring("tree", "dense", **tree)
     yield Scoring("padded", fused=fused)
     yield Scoring("logits")
+
+
+def _segment_cost(base: Any) -> float:
+    """Tokens that take as long as one more segment: its calls in each layer against 6N FLOPs."""
+    layers = getattr(base.config.get_text_config(), "num_hidden_layers", 1)
+    call_flops = 6e6  # about 60 microseconds, forward and backward, at 100 GFLOP/s
+    return float(layers * call_flops / (6 * base.num_parameters(exclude_embeddings=True)))
 
 
 def _no_trees(model: Any, base: Any) -> str:
