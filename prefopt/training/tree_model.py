@@ -56,6 +56,9 @@ AttentionBackend = Literal["segments", "flex", "dense"]
 
 _ATTENTION = "prefopt_tree"
 
+# Fewer than this are attended to in no time whatever the model.
+_MANY_SEGMENTS = 64
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -89,8 +92,9 @@ class Scoring:
         if self.window is not None and max(longest) > self.window:
             return pad_trees(trees, pad_token_id)
         n_answers = sum(len(t.answers) for t in trees)
-        segments = self.segment_cost * (len(trees) + n_answers)
-        if max(longest) * n_answers < sum(t.n_tokens for t in trees) + segments:
+        n_segments = len(trees) + n_answers
+        as_tree = sum(t.n_tokens for t in trees) + self.segment_cost * n_segments
+        if n_segments >= _MANY_SEGMENTS and max(longest) * n_answers < as_tree:
             return pad_trees(trees, pad_token_id)
         return pack_trees(trees, feed_last=feed_last)
 

@@ -18,6 +18,7 @@ from prefopt.training import tree_model as module
 from prefopt.training.tree_model import (
     Scoring,
     add_answer_scoring,
+    answer_states,
     choose_scoring,
     output_head,
     score_answers,
@@ -183,6 +184,39 @@ def test_all_ways_agree(name):
     chosen = choose_scoring(model)
     for scoring in (Scoring("tree", "dense", chosen.window), Scoring("padded"), Scoring("logits")):
         assert_right(model, scoring)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [*((name, "chosen") for name in FAMILIES), ("Llama", "padded")]
+)
+def test_hidden_states_at_chosen_tokens_are_the_models_own(name, way):
+    model = family(name)
+    chosen = choose_scoring(model)
+    scoring = chosen if way == "chosen" else Scoring("padded")
+    batch = scoring.batch(TREES, 0, feed_last=True)
+    with torch.no_grad(), tree_attention(model, scoring):
+        ends = answer_states(model, batch, scoring, batch.ends)
+        before = answer_states(model, batch, scoring, batch.predictor)
+    first = 0
+    for i, (prompt, answer) in enumerate((t.prompt_ids, a) for t in TREES for a in t.answers):
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            out = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        alone = out.last_hidden_state[0]
+        torch.testing.assert_close(ends[i], alone[-1], rtol=1e-4, atol=1e-4)
+        mine = before[first : first + len(answer)]
+        torch.testing.assert_close(mine, alone[-len(answer) - 1 : -1], rtol=1e-4, atol=1e-4)
+        first += len(answer)
+
+
+def test_many_short_answers_are_padded_and_a_few_or_long_ones_are_not():
+    scoring = choose_scoring(family("Llama"))
+    assert scoring.segment_cost > 1
+    short = [AnswerTree((3,), ((4, 5),))]
+    assert isinstance(scoring.batch(short * 40, 0), PaddedAnswers)
+    assert isinstance(scoring.batch(short * 10, 0), TreeBatch)
+    long = [AnswerTree((3,) * 4000, ((4, 5), (6,)))]
+    assert isinstance(scoring.batch(long * 40, 0), TreeBatch)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
