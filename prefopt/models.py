@@ -237,6 +237,52 @@ def wrap_with_adapter(model: Any, config: Any) -> Any:
     return get_peft_model(model, config)
 
 
+def attach_adapter(
+    model: Any, folder: str | Path, *, name: str = "default", trainable: bool = False
+) -> Any:
+    """A saved LoRA adapter on a causal language model, beside those that it has.
+
+    Other adapters stay active, trainable and in training mode as they were. A sequence
+    classification adapter is taken for its language model alone; its head is not.
+
+    Args:
+        model: a loaded model, perhaps in a PEFT wrapper, to which the adapter is then added.
+        folder: of the adapter, or its name on the Hub.
+        name: that the adapter gets.
+        trainable: whether its weights shall receive gradients.
+
+    Raises:
+        ModelError: no such adapter, or one made for another base model.
+    """
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.task_type, config.modules_to_save = "CAUSAL_LM", None
+        config.inference_mode = not trainable
+        if not hasattr(model, "peft_config"):
+            return PeftModel.from_pretrained(
+                model, str(folder), adapter_name=name, config=config, is_trainable=trainable
+            )
+        flags = {n: p.requires_grad for n, p in model.named_parameters()}
+        model.add_adapter(name, config)
+        loaded = set_peft_model_state_dict(
+            model, load_peft_weights(str(folder), device=str(model.device)), adapter_name=name
+        )
+        missing = [key for key in loaded.missing_keys if f".{name}." in key]
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(parameter_name, trainable))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"cannot load adapter {str(folder)!r}: {_first_line(error)} It must be a folder with "
+            "adapter_config.json and adapter_model.safetensors, trained on this very base model."
+        ) from error
+    return model
+
+
 @contextlib.contextmanager
 def fused_lora(model: Any) -> Iterator[int]:
     """Within the block, plain LoRA layers of `model` run as one operation each; yields how many.
