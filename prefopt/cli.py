@@ -439,6 +439,7 @@ def _parser(usage: str, description: str) -> Any:
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+    # jsonargparse's classes are Any to mypy.
     class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):  # type: ignore[misc]
         """Keeps the line breaks of descriptions and shows defaults."""
 

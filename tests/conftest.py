@@ -24,6 +24,20 @@ def light_collections():
     gc.unfreeze()
 
 
+@pytest.fixture
+def locked_folder(tmp_path):
+    """A folder that may be read only. Root may write anywhere, and is somebody else meanwhile."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield folder
+    if is_root:
+        os.seteuid(0)
+    folder.chmod(0o700)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """The folder of a random Llama with 60,000 parameters."""

@@ -113,11 +113,9 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
         Run(tmp_path / "file" / "run", CONFIG)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_a_clear_error(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(DataError, match="cannot write"):
-        Run(tmp_path / "run", CONFIG)
+def test_a_read_only_folder_is_a_clear_error(locked_folder):
+    with pytest.raises(DataError, match=r"cannot write .*: Permission denied"):
+        Run(locked_folder / "run", CONFIG)
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_no_half_file(tmp_path, monkeypatch):

@@ -24,10 +24,13 @@ ONLY_LENGTH = 0.95
 _MOST_PROMPTS_ADVISED = 5_000
 
 
+Light = Literal["good", "caution", "stop"]
+
+
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
     """The verdict in words. `level` is the light: good (go on), caution, stop."""
 
-    level: Literal["good", "caution", "stop"]
+    level: Light
     label: str
     headline: str
     forgetting: str
@@ -46,6 +49,7 @@ def advice_for(report: EvalReport) -> Advice:
     """The light, the headline and what to do next."""
     verdict = report.win_rate.verdict
     cautions = _cautions(report)
+    level: Light
     if verdict == "worse":
         level, label = "stop", "Do not use this model"
         steps = [
@@ -70,7 +74,7 @@ def advice_for(report: EvalReport) -> Advice:
             "prompts unlike these.",
         ]
     return Advice(
-        level=level,  # type: ignore[arg-type]  # a literal in every branch
+        level=level,
         label=label,
         headline=_headline(report),
         forgetting=_forgetting(report),

@@ -98,7 +98,7 @@ def wilson(k: float, n: int) -> Interval | None:
     return Interval(float(p), float(max(centre - half, 0)), float(min(centre + half, 1)), n)
 
 
-def cohen_kappa(table: NDArray[np.float64]) -> float:
+def cohen_kappa(table: NDArray[np.float64]) -> np.float64 | NDArray[np.float64]:
     """Cohen's kappa of a square table of counts, NaN where one class is all there is.
 
     (..., C, C) gives one kappa for each table.
@@ -107,8 +107,8 @@ def cohen_kappa(table: NDArray[np.float64]) -> float:
     observed = np.trace(table, axis1=-2, axis2=-1) / total
     chance = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1) / total**2
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = (observed - chance) / (1 - chance)
-    return found  # type: ignore[no-any-return]
+        found: np.float64 | NDArray[np.float64] = (observed - chance) / (1 - chance)
+    return found
 
 
 def gwet_ac1(table: NDArray[np.float64]) -> float | None:

@@ -14,7 +14,7 @@ from prefopt.chat import tokenize_answer
 from prefopt.judges.base import Judge
 from prefopt.judges.rubric import Rubric
 from prefopt.models import Device, DType, LanguageModel, load_model, model_fingerprint
-from prefopt.types import Candidate, Comparison, Verdict, Winner, content_hash
+from prefopt.types import Candidate, Comparison, Verdict, VerdictFailure, Winner, content_hash
 
 
 class LogLikelihoodJudge(Judge):
@@ -74,8 +74,8 @@ class LogLikelihoodJudge(Judge):
     def _verdict(self, a: float | str, b: float | str) -> Verdict:
         if isinstance(a, str) or isinstance(b, str):
             problem = a if isinstance(a, str) else b
-            failure = "empty" if problem == "empty" else "too_long"
-            return Verdict(judge=self.name, failure=failure, rationale=f"an answer is {problem}")  # type: ignore[arg-type]
+            failure: VerdictFailure = "empty" if problem == "empty" else "too_long"
+            return Verdict(judge=self.name, failure=failure, rationale=f"an answer is {problem}")
         gap = a - b
         preferred: Winner = "a" if gap > 0 else "b"
         if abs(gap) < self.tie_nats:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import trl
 
-from prefopt.losses import PAIR_LOSSES, LossSettings, check_losses
+from prefopt.losses import PAIR_LOSSES, LossSettings, SoftLabels, check_losses
 
 LISTWISE_LOSSES = ("plackett_luce", "infonca", "nca")
 
@@ -65,11 +65,11 @@ class DPOConfig(trl.DPOConfig):
             "choices": ["all", "best_worst"],
         },
     )
-    soft_labels: str = field(
+    soft_labels: SoftLabels = field(
         default="expected",
         metadata={
             "help": "What p_chosen below 1 does to a loss.",
-            "choices": ["expected", "geometric", "robust", "ignore"],
+            "choices": get_args(SoftLabels),
         },
     )
     reference_cache: str | None = field(
@@ -131,7 +131,7 @@ class DPOConfig(trl.DPOConfig):
             rdpo_alpha=self.rdpo_alpha,
             rao_kupper_nu=self.rao_kupper_nu,
             davidson_nu=self.davidson_nu,
-            soft_labels=self.soft_labels,  # type: ignore[arg-type]
+            soft_labels=self.soft_labels,
         )
 
     def _check_losses(self) -> None:

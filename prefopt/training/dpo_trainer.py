@@ -63,7 +63,6 @@ from prefopt.training.preference_rows import (
     PromptGroupSampler,
     RowCollator,
     plan_micro_batches,
-    read_row,
     rows_from_padded,
     tokenize_preferences,
     usable_rows,
@@ -347,8 +346,8 @@ class DPOTrainer(transformers.Trainer):
                 "precompute_ref_log_probs=True is not supported with IterableDataset. Give a "
                 "datasets.Dataset, or set precompute_ref_log_probs=False."
             )
-        rows = [read_row(row, **self._row_options) for row in dataset]
-        plan = plan_micro_batches(rows, self._budget)  # type: ignore[arg-type]
+        rows = RowCollator(**self._row_options)(dataset).rows
+        plan = plan_micro_batches(rows, self._budget)
         bar = progress_bar(
             total=sum(len(batch.trees) for batch in plan),
             description=f"reference ({name})",
@@ -365,7 +364,7 @@ class DPOTrainer(transformers.Trainer):
         if self.accelerator.num_processes > 1:
             on_device = sums.to(self.args.device)
             sums = self.accelerator.reduce(on_device, reduction="sum").cpu()
-        if any(len(row.sequences) > 2 for row in rows):  # type: ignore[union-attr]
+        if any(len(row.sequences) > 2 for row in rows):
             return dataset
         taken = [c for c in ("ref_chosen_logps", "ref_rejected_logps") if c in dataset.column_names]
         dataset = dataset.remove_columns(taken)

@@ -366,9 +366,10 @@ def _attention(
         # A padded batch, because one of its rows is longer than the attention window.
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        padded: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
+        return padded
     if tree_route.block_mask is not None:
         out = flex_attention(
             query, key, value, tree_route.block_mask, scale=scaling, softcap=softcap

@@ -164,13 +164,9 @@ def test_a_file_where_a_folder_should_be_is_an_error_that_names_the_path(tmp_pat
         write_bytes(tmp_path / "taken" / "x.txt", b"new")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_an_error_that_names_the_path(tmp_path):
-    folder = tmp_path / "locked"
-    folder.mkdir()
-    folder.chmod(0o500)
+def test_a_read_only_folder_is_an_error_that_names_the_path(locked_folder):
     with pytest.raises(DataError, match=r"cannot write .*locked/x\.txt: Permission denied"):
-        write_bytes(folder / "x.txt", b"new")
+        write_bytes(locked_folder / "x.txt", b"new")
 
 
 def test_a_refused_temporary_file_is_an_error_that_names_the_path(tmp_path, monkeypatch):

@@ -7,11 +7,10 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from prefopt.errors import ModelError
 from prefopt.evaluation.perplexity import perplexity
-
-torch = pytest.importorskip("torch")
 
 _WORDS = [f"w{i}" for i in range(90)]
 TEXTS = [

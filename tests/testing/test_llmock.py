@@ -3,16 +3,13 @@
 import anthropic
 import httpx2
 import pytest
+from llmock.scenarios import Fail, Match, Reply
 
 from prefopt.errors import BudgetExceeded
 from prefopt.judges import judge_comparisons
 from prefopt.judges.anthropic import AnthropicJudge
 from prefopt.testing import verdict_reply
 from prefopt.types import Candidate, Comparison, Prompt
-
-pytest.importorskip("llmock")
-
-from llmock.scenarios import Fail, Match, Reply
 
 # The server is on this machine; nothing else can be reached.
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])

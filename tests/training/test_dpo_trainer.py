@@ -598,6 +598,15 @@ def test_a_moving_reference_moves(tmp_path):
     assert margins == pytest.approx([0.0] * 6, abs=1e-5)
 
 
+def test_a_script_reads_the_settings_from_its_arguments_as_trl_does():
+    parser = trl.TrlParser((DPOConfig,))
+    given = ["--output_dir", "out", "--use_cpu", "--loss_type", "sigmoid", "simpo"]
+    (config,) = parser.parse_args_and_config([*given, "--soft_labels", "robust"])
+    assert (config.loss_type, config.soft_labels) == (["sigmoid", "simpo"], "robust")
+    with pytest.raises(SystemExit):
+        parser.parse_args_and_config([*given, "--soft_labels", "gold"])
+
+
 # --- What is refused ----------------------------------------------------------------------------
 
 
