@@ -140,6 +140,8 @@ class _ScoreTokens(torch.autograd.Function):
                 if wanted.log_sum_sq:
                     squares[part] = p.square().sum(-1).log()
                 if kept is not None:
+                    if bias is not None:  # which may rule tokens out: 0 * -inf is not a number
+                        kept.masked_fill_(p == 0, 0.0)
                     entropy[part] = log_z[part] - kept.mul_(p).sum(-1)
                 if gradient is not None:  # d log p / d z = onehot(target) - p
                     towards = weight[targets[part]]

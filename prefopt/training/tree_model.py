@@ -143,6 +143,7 @@ def score_answers(
     statistics: bool = True,
     log_sum_sq: bool = False,
     aux_loss: bool = False,
+    temperature: float = 1.0,
 ) -> AnswerScores:
     """Score a batch's answer tokens; call it, and the backward pass, within `tree_attention`.
 
@@ -153,6 +154,7 @@ def score_answers(
         statistics: whether entropy, mean logit and top-1 are wanted too.
         log_sum_sq: whether log sum_v p_v^2 is wanted too.
         aux_loss: whether a mixture-of-experts model's balancing loss is wanted too.
+        temperature: logits are divided by it, as when answers were sampled with it.
     """
     inputs = _inputs(batch, scoring)
     if aux_loss:
@@ -166,6 +168,7 @@ def score_answers(
             statistics,
             log_sum_sq,
             batch.n_tokens,
+            temperature,
         ),
     )
     return scores
@@ -235,6 +238,7 @@ class _Asked(NamedTuple):
     statistics: bool
     log_sum_sq: bool
     n_tokens: int
+    temperature: float
 
 
 def _score(
@@ -253,13 +257,14 @@ def _score(
     if asked.from_logits:
         out = original(*args, **kwargs)
         rows = out.logits.flatten(0, -2) if out.logits.dim() == 3 else out.logits
-        tokens = _from_logits(rows[asked.predictor], asked.targets, asked.log_sum_sq)
+        cooled = rows[asked.predictor].float() / asked.temperature
+        tokens = _from_logits(cooled, asked.targets, asked.log_sum_sq)
     else:
         out = model.base_model(*args, **kwargs)
         hidden = out.last_hidden_state
         tokens = score_tokens(
             hidden.flatten(0, 1)[asked.predictor],
-            output_head(model),
+            output_head(model, asked.temperature),
             asked.targets,
             statistics=asked.statistics,
             log_sum_sq=asked.log_sum_sq,
@@ -271,18 +276,23 @@ def _score(
 
 
 def _from_logits(logits: Tensor, targets: Tensor, log_sum_sq: bool) -> TokenScores:
-    logits = logits.float()
     log_p = logits.log_softmax(-1)
     with torch.no_grad():
         p = log_p.exp()
+        # A token that the head rules out (-inf) adds nothing to the entropy.
+        log_p_or_0 = log_p.masked_fill(p == 0, 0.0)
         squares = p.square().sum(-1).log() if log_sum_sq else torch.zeros_like(log_p[:, 0])
-        entropy, top1 = -(p * log_p).sum(-1), logits.argmax(-1) == targets
+        entropy, top1 = -(p * log_p_or_0).sum(-1), logits.argmax(-1) == targets
         mean = logits.mean(-1)
     return TokenScores(log_p.gather(-1, targets[:, None])[:, 0], entropy, mean, top1, squares)
 
 
-def output_head(model: Any) -> OutputHead:
+def output_head(model: Any, temperature: float = 1.0) -> OutputHead:
     """A model's output head with what its configuration does to the logits.
+
+    Args:
+        model: a causal language model.
+        temperature: that all logits are divided by in the end.
 
     Raises:
         ModelError: the model has no output head, or one that is more than a matrix and a bias.
@@ -308,7 +318,10 @@ def output_head(model: Any) -> OutputHead:
             scale = 1.0 / value if inverse else value
             break
     softcap = getattr(config, "final_logit_softcapping", None)
-    return OutputHead(head.weight, getattr(head, "bias", None), float(scale), softcap)
+    # c tanh(s z / c) / T = (c / T) tanh((s / T) z / (c / T)): the temperature goes through the cap.
+    if softcap is not None:
+        softcap = float(softcap) / temperature
+    return OutputHead(head.weight, getattr(head, "bias", None), float(scale) / temperature, softcap)
 
 
 def _balancing_loss(model: Any, out: Any, mask: Tensor | None, n_tokens: int) -> Tensor:
@@ -450,7 +463,8 @@ def _first_that_agrees(model: Any, base: Any, device: torch.device, compiled: bo
             message = (str(error).splitlines() or [type(error).__name__])[0]
             reasons.append(f"{scoring.way} fails: {message[:150].rstrip('.')}")
             continue
-        if ((found - expected).abs() <= allowed).all():
+        # Tokens that the head rules out are at -inf in both.
+        if ((found == expected) | ((found - expected).abs() <= allowed)).all():
             return replace(scoring, reason="; ".join(reasons))
         worst = float((found - expected).abs().max())
         reasons.append(f"{scoring.way} differs from the model's own logits by {worst:.2g} nats")
