@@ -9,7 +9,6 @@ and log, and continues a killed run from its last whole checkpoint.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -32,8 +31,9 @@ from prefopt.models import (
     lora_config,
     model_fingerprint,
 )
+from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
 from prefopt.training.health import HealthNote, TrainingPoint, diagnose, training_points
-from prefopt.types import PreferenceGroup, content_hash
+from prefopt.types import PreferenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -196,11 +196,20 @@ def train_dpo(
             model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True
         )
     rows = _tokenized_rows(groups, loaded.tokenizer, settings.max_length)
-    _claim_checkpoints(checkpoint_dir, loaded.base, rows, settings, lora)
+    claim_checkpoints(
+        checkpoint_dir,
+        [
+            model_fingerprint(loaded.base),
+            rows,
+            msgspec.to_builtins(settings),
+            msgspec.to_builtins(lora),
+            lora.continue_from and adapter_fingerprint(lora.continue_from),
+        ],
+    )
     trainer = _make_trainer(loaded, rows, settings, lora, checkpoint_dir, progress)
     logger.info("the DPO reference is %s; %d pairs", reference, len(rows))
 
-    resume = _last_whole_checkpoint(checkpoint_dir)
+    resume = last_whole_checkpoint(checkpoint_dir)
     if resume is not None:
         logger.warning("continuing from %s", resume.name)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -328,51 +337,6 @@ def _make_trainer(
     return trainer
 
 
-def _claim_checkpoints(
-    folder: Path,
-    model_name: str,
-    rows: list[dict[str, Any]],
-    settings: DPOSettings,
-    lora: LoRASettings,
-) -> None:
-    """Bind the folder to this very training; checkpoints of any other one in it are removed."""
-    from prefopt.data.records import write_bytes
-
-    identity = content_hash(
-        [
-            model_fingerprint(model_name),
-            rows,
-            msgspec.to_builtins(settings),
-            msgspec.to_builtins(lora),
-            lora.continue_from and adapter_fingerprint(lora.continue_from),
-        ]
-    )
-    claim = folder / "training.json"
-    content = json.dumps({"training": identity}).encode()
-    if claim.exists() and claim.read_bytes() == content:
-        return
-    if folder.exists():
-        if list(folder.glob("checkpoint-*")):
-            logger.warning("removing checkpoints of a different training from %s", folder)
-        shutil.rmtree(folder)
-    write_bytes(claim, content)
-
-
-def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; torn ones are removed.
-
-    The trainer's state file is written last, so a checkpoint with a readable one is whole.
-    """
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            whole.append((int(state["global_step"]), path))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
-
-
 def _mean_words(groups: Sequence[PreferenceGroup], side: Literal[0, 1]) -> float:
     lengths = [len(pair[side].text.split()) for group in groups for pair in group.pairs()]
     return sum(lengths) / len(lengths)
@@ -385,22 +349,15 @@ def _save(
     settings: DPOSettings,
     lora: LoRASettings,
 ) -> None:
-    """Write the adapter folder under another name and rename it, so it is whole or not there."""
-    from prefopt.data.records import unwritable, write_bytes, write_records
+    """Write the adapter folder, whole or not at all."""
+    from prefopt.data.records import write_bytes, write_records
 
-    temporary = result.adapter.with_name(result.adapter.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, selected_adapters=["default"])
-        loaded.tokenizer.save_pretrained(temporary)
-        write_records(temporary / "training_log.jsonl", result.points)
+    with whole_folder(result.adapter) as folder:
+        model.save_pretrained(folder, selected_adapters=["default"])
+        loaded.tokenizer.save_pretrained(folder)
+        write_records(folder / "training_log.jsonl", result.points)
         card = _model_card(loaded.base, result, settings, lora)
-        write_bytes(temporary / "README.md", card.encode())
-        shutil.rmtree(result.adapter, ignore_errors=True)
-        temporary.rename(result.adapter)
-    except OSError as error:
-        raise unwritable(result.adapter, error) from error
+        write_bytes(folder / "README.md", card.encode())
 
 
 def _model_card(base: str, result: DPOResult, settings: DPOSettings, lora: LoRASettings) -> str:

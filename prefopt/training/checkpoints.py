@@ -1,0 +1,71 @@
+"""A training's checkpoints: whose they are, which is whole, and a result that is there or not.
+
+What every training function does so that it can be killed at any moment and called again. Knows no
+method and no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefopt.data.records import unwritable, write_bytes
+from prefopt.types import content_hash
+
+logger = logging.getLogger(__name__)
+
+
+def claim_checkpoints(folder: Path, identity: Any) -> None:
+    """Bind the folder to this very training; checkpoints of any other one in it are removed.
+
+    Args:
+        folder: where the checkpoints lie; made if it is not there.
+        identity: everything that the result depends on, as plain data.
+    """
+    claim = folder / "training.json"
+    content = json.dumps({"training": content_hash(identity)}).encode()
+    if claim.exists() and claim.read_bytes() == content:
+        return
+    if folder.exists():
+        if list(folder.glob("checkpoint-*")):
+            logger.warning("removing checkpoints of a different training from %s", folder)
+        shutil.rmtree(folder)
+    write_bytes(claim, content)
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; torn ones are removed.
+
+    The trainer's state file is written last, so a checkpoint with a readable one is whole.
+    """
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            whole.append((int(state["global_step"]), path))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole)[1] if whole else None
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` when the block ends without error.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except OSError as error:
+        raise unwritable(folder, error) from error
