@@ -254,8 +254,7 @@ def attach_adapter(
     Raises:
         ModelError: no such adapter, or one made for another base model.
     """
-    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import PeftConfig, PeftModel
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -267,12 +266,7 @@ def attach_adapter(
             )
         flags = {n: p.requires_grad for n, p in model.named_parameters()}
         model.add_adapter(name, config)
-        loaded = set_peft_model_state_dict(
-            model, load_peft_weights(str(folder), device=str(model.device)), adapter_name=name
-        )
-        missing = [key for key in loaded.missing_keys if f".{name}." in key]
-        if missing:
-            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        load_adapter_weights(model, folder, name)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(parameter_name, trainable))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -281,6 +275,23 @@ def attach_adapter(
             "adapter_config.json and adapter_model.safetensors, trained on this very base model."
         ) from error
     return model
+
+
+def load_adapter_weights(model: Any, folder: str | Path, name: str) -> None:
+    """The weights of a saved adapter into the adapter `name` of a PEFT model.
+
+    Raises:
+        ValueError: weights are missing.
+        RuntimeError: they have other shapes.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(str(folder), device=str(model.device))
+    loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+    missing = [key for key in loaded.missing_keys if f".{name}." in key]
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ TEXT_SIDE = {
 }  # fmt: skip
 MATH_SIDE = {
     "losses", "logprobs", "lora_linear", "fused_layers", "matrix_product", "trees", "tree_attention",
-    "advantages", "ppo_losses",
+    "advantages", "ppo_losses", "reward_losses",
 }  # fmt: skip
 
 

@@ -2,10 +2,8 @@
 
     from prefopt import DPOConfig, DPOTrainer        # instead of: from trl import ...
 
-Constructor, columns, metrics and checkpoints are TRL's; the loop is `transformers.Trainer`'s. One
-optimiser step takes all its rows at once, merges those that share a prompt, distributes the trees
-over micro-batches by tokens, and divides by the true counts of the whole step, so the gradient is
-the same for every split over micro-batches, accumulation steps and processes.
+Constructor, columns, metrics and checkpoints are TRL's; the loop is `transformers.Trainer`'s. The
+optimiser steps on tree batches are `tree_trainer`'s.
 
 Where to look: rows `preference_rows`, models `tree_model`, reference `reference`, losses
 `prefopt.losses`.
@@ -13,12 +11,11 @@ Where to look: rows `preference_rows`, models `tree_model`, reference `reference
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +38,6 @@ from prefopt.losses import (
     wpo_weights,
 )
 from prefopt.progress import progress_bar
-from prefopt.training.callbacks import AnswerCallback, ProgressBar
 from prefopt.training.dpo_config import DPOConfig as DPOConfig
 from prefopt.training.dpo_config import own_config
 from prefopt.training.policy_setup import (
@@ -56,16 +52,10 @@ from prefopt.training.policy_setup import (
     with_adapter,
 )
 from prefopt.training.preference_rows import (
-    TOKEN_COLUMNS,
     MicroBatch,
     PreferenceRow,
-    PreferenceRows,
-    PromptGroupSampler,
     RowCollator,
     plan_micro_batches,
-    rows_from_padded,
-    tokenize_preferences,
-    usable_rows,
 )
 from prefopt.training.reference import (
     Reference,
@@ -75,56 +65,15 @@ from prefopt.training.reference import (
 )
 from prefopt.training.tree_model import (
     AnswerScores,
-    base_model,
     choose_scoring,
     score_answers,
-    tree_attention,
 )
+from prefopt.training.tree_trainer import PlannedBatch, TreeTrainer, batch_rows, ranked_groups
 
 logger = logging.getLogger(__name__)
 
-# Tokens a micro-batch feeds, unless the user says otherwise: enough rows for fast matrix products,
-# few enough that their activations fit beside the weights.
-_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
-
-@dataclass(frozen=True)
-class PlannedBatch:
-    """The micro-batches of one call of `training_step`, and the counts of the whole optimiser step."""
-
-    micro_batches: tuple[MicroBatch, ...]
-    n_rows: float
-    mean_chosen_length: float
-    n_tokens: int
-
-
-class _Averages:
-    """Weighted sums of metrics, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[Tensor]] = {}
-
-    def add(self, name: str, values: Tensor, weights: Tensor) -> None:
-        """Add values (N,) with their weights (N,)."""
-        pair = torch.stack(((values.double() * weights).sum(), weights.double().sum()))
-        self._sums.setdefault(name, []).append(pair)
-
-    def read(self, accelerator: Any) -> dict[str, float]:
-        """The means over all processes; the sums start anew."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        sums = torch.stack([torch.stack(self._sums[name]).sum(0) for name in names])
-        if accelerator.num_processes > 1:
-            sums = accelerator.reduce(sums, reduction="sum")
-        self._sums.clear()
-        return {
-            name: float(total / count) if count else 0.0
-            for name, (total, count) in zip(names, sums.tolist(), strict=True)
-        }
-
-
-class DPOTrainer(transformers.Trainer):
+class DPOTrainer(TreeTrainer):
     """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) on tree batches.
 
     A drop-in for `trl.DPOTrainer`: the same arguments, columns, metrics and checkpoints.
@@ -152,9 +101,6 @@ class DPOTrainer(transformers.Trainer):
     """
 
     _tag_names = ("prefopt", "dpo")
-    train_dataset: Any
-    eval_dataset: Any
-    _signature_columns: Any
 
     def __init__(
         self,
@@ -198,22 +144,16 @@ class DPOTrainer(transformers.Trainer):
             kind = "none"
         initial = copy.deepcopy(model) if self._needs_copy(kind, args) else None
 
-        how = {
-            "max_length": args.max_length,
-            "truncation": args.truncation_mode,
-            "pair_choice": args.group_pairs,
-        }
-        self._row_options, self._text_processor = how, tokenizer
-        prepare = self._prepared
-        train_dataset = prepare(train_dataset, "train", args)
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: prepare(part, name, args) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = prepare(eval_dataset, "eval", args)
         super().__init__(
+            tokenizer=tokenizer,
+            row_options={
+                "max_length": args.max_length,
+                "truncation": args.truncation_mode,
+                "pair_choice": args.group_pairs,
+            },
             model=model,
             args=args,
-            data_collator=data_collator or RowCollator(**how),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class or tokenizer,
@@ -221,19 +161,8 @@ class DPOTrainer(transformers.Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs are visible to one process, which nn.DataParallel would use. Start with "
-                "accelerate launch or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        for callback in tuple(self.callback_handler.callbacks):
-            if isinstance(callback, ProgressBar):
-                callback.attach(self)
-        # What training_step returns is the share of the whole step's loss; nothing divides it again.
-        self.loss_is_scaled_for_ga = True
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
-        self._averages = {"train": _Averages(), "eval": _Averages()}
         self._offload = offloading_context(self.model, args)
         self.aux_loss_enabled, self._aux_loss_weight = balancing_loss_weight(self.model, args)
         self.scoring = choose_scoring(self.model, compiled=args.torch_compile)
@@ -261,17 +190,6 @@ class DPOTrainer(transformers.Trainer):
     @staticmethod
     def _needs_copy(kind: str, args: Any) -> bool:
         return kind == "model copy" and not args.precompute_ref_log_probs
-
-    def _prepared(self, dataset: Any, name: str, args: Any) -> Any:
-        if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-            raise TypeError(
-                f"the {name} dataset must be a datasets.Dataset or IterableDataset, got "
-                f"{type(dataset).__name__}. datasets.Dataset.from_list makes one from a list of rows."
-            )
-        tokenized = tokenize_preferences(
-            dataset, self._text_processor, num_proc=args.dataset_num_proc, name=name
-        )
-        return usable_rows(tokenized, name=name, **self._row_options)
 
     def _set_up_reference(self, kind: Any, given: Any) -> None:
         args = self.args
@@ -312,19 +230,10 @@ class DPOTrainer(transformers.Trainer):
         )
         logger.info("the reference is %s", reference)
 
-    @property
-    def _pad_token_id(self) -> int:
-        return int(self._text_processor.pad_token_id or 0)
-
-    @property
-    def _budget(self) -> int:
-        default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
-        return int(self.args.micro_batch_tokens or default)
-
     def _plan(self, rows: Sequence[PreferenceRow]) -> list[MicroBatch]:
         # A loss that sorts its batch is one number of all pairs: they go through the model at once.
         at_once = any(PAIR_LOSSES[name].sorts_batch for name in self.args.pairwise()[0])
-        return plan_micro_batches(rows, sys.maxsize if at_once else self._budget)
+        return plan_micro_batches(rows, sys.maxsize) if at_once else super()._plan(rows)
 
     def _precompute(self) -> None:
         if self.reference.reference.kind == "none":
@@ -379,120 +288,17 @@ class DPOTrainer(transformers.Trainer):
         for pair in batch.pairs:
             sums[pair.row, 0], sums[pair.row, 1] = totals[pair.chosen], totals[pair.rejected]
 
-    # --- Batches ---------------------------------------------------------------------------------
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = list(TOKEN_COLUMNS)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if (
-            not isinstance(dataset, datasets.Dataset)
-            or self.args.train_sampling_strategy != "random"
-        ):
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        prompts: Sequence[Any] = range(len(dataset))
-        if self.args.group_by_prompt:
-            prompts = [tuple(ids) for ids in dataset["prompt_ids"]]
-        return PromptGroupSampler(prompts, seed)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[PlannedBatch], None]:
-        """All rows of one optimiser step, merged and distributed anew over its calls."""
-        batches = []
-        for _ in range(num_batches):
-            with contextlib.suppress(StopIteration):
-                batches.append(next(epoch_iterator))
-        rows = [row for batch in batches for row in _rows(batch).rows]
-        if not rows:
-            return [], None
-        plan = self._plan(rows)
-        n_rows = float(len(rows))
-        n_tokens: float = sum(row.n_tokens for row in rows)
-        chosen = sum(
-            pair.weight * len(row.sequences[pair.chosen].answer_ids)
-            for row in rows
-            for pair in row.pairs
-        )
-        if self.accelerator.num_processes > 1:
-            # All counts here, where every process is once a step: the calls that follow may do
-            # nothing on one process and something on another.
-            counts = torch.tensor([n_rows, chosen, n_tokens], dtype=torch.float64, device=device)
-            n_rows, chosen, n_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        # The last call must not be empty: it is the one in which processes add up their gradients.
-        shares = [plan[len(plan) * i // len(batches) : len(plan) * (i + 1) // len(batches)]
-                  for i in range(len(batches))]  # fmt: skip
-        if not shares[-1]:
-            shares[-1] = [next(share for share in reversed(shares) if share).pop()]
-        return [
-            PlannedBatch(tuple(share), n_rows, chosen / n_rows, int(n_tokens) if i == 0 else 0)
-            for i, share in enumerate(shares)
-        ], None
-
-    def _plan_alone(self, inputs: Any) -> PlannedBatch:
-        """A batch that is a whole step by itself, as in evaluation."""
-        if isinstance(inputs, PlannedBatch):
-            return inputs
-        rows = _rows(inputs).rows
-        chosen = sum(
-            pair.weight * len(row.sequences[pair.chosen].answer_ids)
-            for row in rows
-            for pair in row.pairs
-        )
-        plan = self._plan(rows)
-        n_tokens = sum(row.n_tokens for row in rows)
-        return PlannedBatch(tuple(plan), float(len(rows)), chosen / len(rows), n_tokens)
-
     # --- Loss ------------------------------------------------------------------------------------
 
     def training_step(
         self, model: Any, inputs: PlannedBatch, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of some micro-batches; the gradients of the step add up to its mean."""
+        """As `TreeTrainer`'s; a reference that was precomputed is let go before the first."""
         if self._release_reference:
             self._release_reference = False
             self.reference.release_model()
             self.ref_model = None
-        model.train()
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
-            self.optimizer.train()
-        total = torch.zeros((), device=self.args.device)
-        options: dict[str, Any] = {}
-        if (
-            self.accelerator.distributed_type
-            == transformers.training_args.DistributedType.DEEPSPEED
-        ):
-            options["scale_wrt_gas"] = False
-        for index, micro_batch in enumerate(inputs.micro_batches):
-            last = index == len(inputs.micro_batches) - 1
-            wait = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-            with wait, self._offload, tree_attention(self.model, self.scoring):
-                loss = self._micro_batch_loss(model, micro_batch, inputs, "train")
-                # Processes average their gradients; the step's mean is over the rows of all of them.
-                self.accelerator.backward(loss * self.accelerator.num_processes, **options)
-            total += loss.detach()
-        return total * self.accelerator.num_processes
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """The mean loss of a batch of rows."""
-        planned = self._plan_alone(inputs)
-        mode = "train" if model.training else "eval"
-        with tree_attention(self.model, self.scoring):
-            losses = [
-                self._micro_batch_loss(model, micro_batch, planned, mode)
-                for micro_batch in planned.micro_batches
-            ]
-        loss = torch.stack(losses).sum()
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _micro_batch_loss(
         self, model: Any, micro_batch: MicroBatch, step: PlannedBatch, mode: str
@@ -582,17 +388,8 @@ class DPOTrainer(transformers.Trainer):
             for p in micro_batch.pairs
             if p.row not in paired
         ]
-        width = max(len(members) for members, _, _ in groups)
         device = reference.device
-        index = torch.zeros(len(groups), width, dtype=torch.long)
-        given = torch.zeros(len(groups), width)
-        mask = torch.zeros(len(groups), width, dtype=torch.bool)
-        for row, (members, scores, _) in enumerate(groups):
-            order = sorted(range(len(members)), key=lambda i: -scores[i])
-            index[row, : len(members)] = torch.tensor([members[i] for i in order])
-            given[row, : len(members)] = torch.tensor([scores[i] for i in order])
-            mask[row, : len(members)] = True
-        index, given, mask = index.to(device), given.to(device), mask.to(device)
+        index, given, mask = ranked_groups([group[:2] for group in groups], device)
         ratios = answers.sums(answers.tokens.logprobs - reference)
         rewards = self.args.beta * ratios[index]
         losses: dict[str, Callable[[], Tensor]] = {
@@ -686,34 +483,6 @@ class DPOTrainer(transformers.Trainer):
             rows = weight.sum()[None]
             add("loss", loss.expand(1) / rows, rows)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last call to what the loop logs."""
-        if self.model.training:
-            logs.update(self._averages["train"].read(self.accelerator))
-            logs["num_tokens"] = float(self.state.num_input_tokens_seen)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, AnswerCallback):  # what it measures must be there in time
-                callback.before_log(self, logs)
-        super().log(logs, start_time)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As `transformers.Trainer.evaluate`; a dataset given here is prepared like the others."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            if isinstance(eval_dataset, Mapping):
-                parts = {n: self._prepared(d, n, self.args) for n, d in eval_dataset.items()}
-            else:
-                parts = {"": self._prepared(eval_dataset, "eval", self.args)}
-            self._check_evaluable(parts)
-            metrics: dict[str, float] = {}
-            for name, part in parts.items():
-                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-                metrics.update(super().evaluate(part, ignore_keys, prefix))
-            return metrics
-        found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return found
-
     def _check_evaluable(self, parts: Mapping[str, Any]) -> None:
         if not self.args.precompute_ref_log_probs:
             return
@@ -732,16 +501,6 @@ class DPOTrainer(transformers.Trainer):
                 "precompute_ref_log_probs=False."
             )
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class, with means over the true counts."""
-        self._averages["eval"] = _Averages()
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        for name, value in self._averages["eval"].read(self.accelerator).items():
-            output.metrics[f"{prefix}_{name}"] = value
-        output.metrics[f"{prefix}_num_tokens"] = float(self.state.num_input_tokens_seen)
-        return output
-
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -755,7 +514,7 @@ class DPOTrainer(transformers.Trainer):
         rows = [
             AnswerTree(prompt, (answer,))
             for side in (0, 1)
-            for row in _rows(inputs).rows
+            for row in batch_rows(inputs).rows
             for prompt, answer in row.sequences[side : side + 1]
         ]
         batch = pad_trees(rows, self._pad_token_id).to(self.args.device)
@@ -764,16 +523,6 @@ class DPOTrainer(transformers.Trainer):
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits
         return loss, logits, batch.input_ids
-
-    # --- What the loop asks of a batch -----------------------------------------------------------
-
-    def _track_num_input_tokens(self, inputs: PlannedBatch) -> None:
-        self.state.num_input_tokens_seen += inputs.n_tokens  # saved, so a resumed count goes on
-
-    def floating_point_ops(self, inputs: PlannedBatch) -> int:
-        """Six a parameter and token fed, the usual estimate."""
-        fed = sum(tree.n_tokens for batch in inputs.micro_batches for tree in batch.trees)
-        return 6 * fed * int(base_model(self.model).num_parameters(exclude_embeddings=True))
 
 
 class _Answers:
@@ -803,7 +552,3 @@ class _Pairs:
         index = torch.tensor([p[:2] for p in batch.pairs], device=device)
         numbers = torch.tensor([p[2:4] for p in batch.pairs], device=device, dtype=torch.float32)
         return cls(index[:, 0], index[:, 1], numbers[:, 0], numbers[:, 1])
-
-
-def _rows(batch: Any) -> PreferenceRows:
-    return batch if isinstance(batch, PreferenceRows) else rows_from_padded(batch)

@@ -44,12 +44,6 @@ def check_arguments(model: Any, ref_model: Any, args: Any, dataset: Any, peft_co
         )
     if problems:
         raise ValueError("; ".join(problems) + ".")
-    # Every process collates its own rows: what the collator makes is no tensor to send around.
-    args.accelerator_config.dispatch_batches = False
-    # Buffers are constants of the architecture. Sending them around before a forward pass would have
-    # processes wait for each other that have unlike numbers of micro-batches.
-    if args.ddp_broadcast_buffers is None:
-        args.ddp_broadcast_buffers = False
 
 
 def loading_options(args: Any, quantization_config: Any) -> dict[str, Any]:

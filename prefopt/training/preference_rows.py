@@ -1,6 +1,6 @@
 """Rows of a preference dataset -> token ids, and batches of them -> trees.
 
-    prompt, chosen, rejected [, p_chosen]           TRL's columns, plain or conversational
+    prompt, chosen, rejected [, p_chosen, margin]   TRL's columns, plain or conversational
     prompt, answers, scores | preferences           K answers; higher scores are better
     prompt_ids, chosen_ids, rejected_ids | answer_ids   tokenized already, and left as they are
 
@@ -30,11 +30,12 @@ from prefopt.trees import AnswerTree, split_by_tokens
 logger = logging.getLogger(__name__)
 
 PairChoice = Literal["all", "best_worst"]
-Truncation = Literal["keep_start", "keep_end"]
+Truncation = Literal["keep_start", "keep_end", "drop"]
+"""What becomes of a row with a sequence longer than `max_length`; "drop" leaves the row out."""
 
 TOKEN_COLUMNS = (
-    "prompt_ids", "chosen_ids", "rejected_ids", "p_chosen", "answer_ids", "scores", "preferences",
-    "ref_chosen_logps", "ref_rejected_logps",
+    "prompt_ids", "chosen_ids", "rejected_ids", "p_chosen", "margin", "answer_ids", "scores",
+    "preferences", "ref_chosen_logps", "ref_rejected_logps",
 )  # fmt: skip
 
 
@@ -52,6 +53,7 @@ class RowPair(NamedTuple):
     rejected: int
     p_chosen: float
     weight: float  # a row's weights sum to 1
+    margin: float = 0.0  # by how much chosen is asked to be better; read by the reward trainer only
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def read_row(
     Args:
         row: with `TOKEN_COLUMNS`.
         max_length: tokens of prompt and answer together.
-        truncation: keep the start of a longer sequence, or its end.
+        truncation: keep the start of a longer sequence, or its end, or leave the row out.
         pair_choice: of K answers, all pairs with different scores (Ouyang et al. 2022,
             arXiv:2203.02155, eq. 1, weighs each by one over their number), or best against worst.
 
@@ -214,6 +216,8 @@ def read_row(
         ids = prompt + tuple(answer)
         at = len(prompt)
         if max_length is not None and len(ids) > max_length:
+            if truncation == "drop":
+                return "it is longer than max_length"
             cut = 0 if truncation == "keep_start" else len(ids) - max_length
             ids, at = ids[cut : cut + max_length], max(at - cut, 0)
         at = max(at, 1)  # without a prompt the first token stands in for it: nothing predicts it
@@ -225,7 +229,11 @@ def read_row(
         p = 1.0 if p is None else float(p)
         if not 0.0 <= p <= 1.0:
             return f"p_chosen must be in [0, 1], got {p}"
-        return PreferenceRow(tuple(sequences), (RowPair(0, 1, p, 1.0),))
+        margin = row.get("margin")
+        margin = 0.0 if margin is None else float(margin)
+        if not math.isfinite(margin):
+            return f"margin must be a finite number, got {margin}"
+        return PreferenceRow(tuple(sequences), (RowPair(0, 1, p, 1.0, margin),))
     scores = row.get("scores")
     if scores is not None and len(scores) != len(sequences):
         return f"{len(sequences)} answers have {len(scores)} scores"
@@ -241,33 +249,38 @@ def read_row(
     if not pairs:
         return "no answer is better than another"
     share = 1.0 / len(pairs)
-    weighted = tuple(RowPair(c, r, p, share) for c, r, p in pairs)
+    weighted = tuple(RowPair(c, r, p, share, margin) for c, r, p, margin in pairs)
     return PreferenceRow(
         tuple(sequences), weighted, None if scores is None else tuple(map(float, scores))
     )
 
 
-def _given_pairs(row: Mapping[str, Any], k: int) -> list[tuple[int, int, float]] | str:
+def _given_pairs(row: Mapping[str, Any], k: int) -> list[tuple[int, int, float, float]] | str:
     pairs = []
     for given in row["preferences"]:
         if isinstance(given, Mapping):
-            chosen, rejected, p = given["chosen"], given["rejected"], given.get("p_chosen")
+            chosen, rejected = given["chosen"], given["rejected"]
+            p, margin = given.get("p_chosen"), given.get("margin")
         else:
-            chosen, rejected, p = (*given, None)[:3]
-        p = 1.0 if p is None else float(p)
+            chosen, rejected, p, margin = (*given, None, None)[:4]
+        p, margin = 1.0 if p is None else float(p), 0.0 if margin is None else float(margin)
         chosen, rejected = int(chosen), int(rejected)
         if not (0 <= chosen < k and 0 <= rejected < k and chosen != rejected and 0 <= p <= 1):
             return f"preference {given} does not name two of {k} answers and a p in [0, 1]"
-        pairs.append((chosen, rejected, p))
+        if not math.isfinite(margin):
+            return f"the margin of preference {given} is not a finite number"
+        pairs.append((chosen, rejected, p, margin))
     return pairs
 
 
-def _pairs_by_score(scores: Sequence[float], choice: PairChoice) -> list[tuple[int, int, float]]:
+def _pairs_by_score(
+    scores: Sequence[float], choice: PairChoice
+) -> list[tuple[int, int, float, float]]:
     indices = range(len(scores))
     if choice == "best_worst":
         best, worst = max(indices, key=lambda i: scores[i]), min(indices, key=lambda i: scores[i])
-        return [(best, worst, 1.0)] if scores[best] > scores[worst] else []
-    return [(i, j, 1.0) for i in indices for j in indices if scores[i] > scores[j]]
+        return [(best, worst, 1.0, 0.0)] if scores[best] > scores[worst] else []
+    return [(i, j, 1.0, 0.0) for i in indices for j in indices if scores[i] > scores[j]]
 
 
 def usable_rows(dataset: Any, *, name: str = "train", **how: Any) -> Any:
@@ -379,6 +392,7 @@ class TreePair(NamedTuple):
     p_chosen: float
     weight: float
     row: int  # index in the batch of rows
+    margin: float = 0.0
 
 
 class TreeGroup(NamedTuple):
@@ -469,7 +483,7 @@ def _micro_batch(
             row = rows[index]
             place = [offset + where[index, i] for i in range(len(row.sequences))]
             pairs.extend(
-                TreePair(place[p.chosen], place[p.rejected], p.p_chosen, p.weight, index)
+                TreePair(place[p.chosen], place[p.rejected], p.p_chosen, p.weight, index, p.margin)
                 for p in row.pairs
             )
             if row.scores is not None:

@@ -32,6 +32,7 @@ from prefopt.models import (
     DType,
     LanguageModel,
     attach_adapter,
+    load_adapter_weights,
     load_model,
     wrap_with_adapter,
 )
@@ -48,7 +49,7 @@ from prefopt.types import Prompt
 logger = logging.getLogger(__name__)
 
 ReadsAt = Literal["end_token", "template_end"]
-"""Where a score is read: at the token that ends the answer, or at the last one of the chat template."""
+"""Where a score is read: at the token that ends the answer, or where the chat template ends."""
 
 _FILE, _HEADS = "reward_model.json", "heads.safetensors"
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -70,7 +71,6 @@ class RewardModelFile(
     base: str | None
     bias: float
     reads_at: ReadsAt = "end_token"
-    max_length: int | None = None
 
 
 class RewardModel(nn.Module):
@@ -85,8 +85,6 @@ class RewardModel(nn.Module):
         base: the name under which the model below the adapter can be loaded again.
         reads_at: see `ReadsAt`.
         scoring: how the model takes trees; None finds it out at the first use.
-        max_length: tokens of prompt and answer that it was trained with; longer ones are cut at the
-            end, as they were then. None cuts nothing.
     """
 
     def __init__(
@@ -100,12 +98,10 @@ class RewardModel(nn.Module):
         base: str | None = None,
         reads_at: ReadsAt = "end_token",
         scoring: Scoring | None = None,
-        max_length: int | None = None,
     ) -> None:
         super().__init__()
         self.model, self.head, self.tokenizer = model, head, tokenizer
         self.adapter, self.bias, self.base, self.reads_at = adapter, bias, base, reads_at
-        self.max_length = max_length
         self._scoring = scoring
 
     @classmethod
@@ -116,7 +112,6 @@ class RewardModel(nn.Module):
         peft_config: Any = None,
         *,
         seed: int = 0,
-        max_length: int | None = None,
     ) -> RewardModel:
         """A reward model that is yet to be trained: w ~ N(0, 1 / (D + 1)), bias 0.
 
@@ -129,7 +124,6 @@ class RewardModel(nn.Module):
             tokenizer: taken from a `LanguageModel` where None.
             peft_config: adapter to train; None trains the model itself.
             seed: of the adapter's weights and the head's.
-            max_length: see the class.
 
         Raises:
             ModelError: `peft_config` is none, or the model has an adapter already.
@@ -146,6 +140,8 @@ class RewardModel(nn.Module):
             torch.manual_seed(seed)
             if peft_config is not None:
                 model = wrap_with_adapter(model, peft_config)
+            elif not hasattr(model, "peft_config"):
+                freeze_output_head(model)
             head = _head(model)
             head.weight.data.normal_(std=(head.in_features + 1) ** -0.5)
         return cls(
@@ -154,7 +150,6 @@ class RewardModel(nn.Module):
             tokenizer,
             adapter=_active_adapter(model),
             base=base or base_model(model).config._name_or_path or None,
-            max_length=max_length,
         )
 
     @classmethod
@@ -193,36 +188,27 @@ class RewardModel(nn.Module):
                 str(folder), base=base, adapter_name=adapter_name, device=device, dtype=dtype,
                 trainable=trainable,
             )  # fmt: skip
-        try:
-            said = msgspec.json.decode((path / _FILE).read_bytes(), type=RewardModelFile)
-            weights = load_file(path / _HEADS)
-        except (OSError, msgspec.MsgspecError, ValueError) as error:
-            raise ModelError(
-                f"cannot read the reward model in {folder}: {error}. Give a folder written by "
-                "RewardModel.save or train_reward."
-            ) from error
+        said, weights = _read(path)
         if said.base is None:
             if base is not None:
                 raise ModelError(f"{folder} holds a whole model, which takes no base.")
             loaded = load_model(str(path.absolute()), device=device, dtype=dtype)
             model, tokenizer, adapter = loaded.model, loaded.tokenizer, None
             model.requires_grad_(trainable)
+            freeze_output_head(model)
         else:
             model, tokenizer = loaded_base(said.base if base is None else base, device, dtype)
             model = attach_adapter(model, path, name=adapter_name, trainable=trainable)
             adapter = adapter_name
         head = _head(model)
         try:
-            head.load_state_dict(
-                {name.removeprefix("reward."): w for name, w in weights.items()
-                 if name.startswith("reward.")}
-            )  # fmt: skip
+            head.load_state_dict(weights)
         except RuntimeError as error:
             raise ModelError(
                 f"the head in {folder} does not fit a model of width {head.in_features}: it was "
                 "trained on another base model."
             ) from error
-        head.requires_grad_(trainable)
+        head.weight.requires_grad_(trainable)
         return cls(
             model,
             head,
@@ -231,7 +217,6 @@ class RewardModel(nn.Module):
             bias=said.bias,
             base=said.base,
             reads_at=said.reads_at,
-            max_length=said.max_length,
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -273,11 +258,32 @@ class RewardModel(nn.Module):
             base=None if self.adapter is None else self.base,
             bias=self.bias,
             reads_at=self.reads_at,
-            max_length=self.max_length,
         )
         (folder / _FILE).write_bytes(msgspec.json.format(msgspec.json.encode(said)) + b"\n")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+    def read_weights(self, folder: str | Path) -> None:
+        """Take adapter (or model), head and bias from a folder of `save` for the same model.
+
+        Raises:
+            ModelError: they do not fit.
+        """
+        path = Path(folder)
+        said, weights = _read(path)
+        try:
+            self.head.load_state_dict(weights)
+            if self.adapter is not None:
+                load_adapter_weights(self.model, path, self.adapter)
+            else:
+                from transformers import AutoModelForCausalLM
+
+                dtype = next(self.model.parameters()).dtype
+                saved = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+                self.model.load_state_dict(saved.state_dict())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModelError(f"the weights in {folder} do not fit this model: {error}") from error
+        self.bias = said.bias
 
     # --- Scores ----------------------------------------------------------------------------------
 
@@ -339,6 +345,19 @@ class RewardModel(nn.Module):
                 at = [place for i in members for place in range(starts[i], starts[i + 1])]
                 scores[torch.tensor(at, device=self.device)] = found
         return scores - self.bias
+
+    def centre(self, trees: Sequence[AnswerTree], **how: Any) -> float:
+        """Set the bias so that the mean score of these answers is 0; returns the new bias.
+
+        Preferences leave the level of scores open. Ziegler et al. 2019, arXiv:1909.08593, and Huang et
+        al. 2024, arXiv:2403.17031, set it so before PPO, whose KL penalty and value have a level.
+
+        Args:
+            trees: prompts with the answers that shall be worth 0 on average.
+            how: as for `score_trees`.
+        """
+        self.bias += float(self.score_trees(trees, **how).double().mean())
+        return self.bias
 
     def _micro_batch(self, trees: Sequence[AnswerTree]) -> Tensor:
         batch = self.scoring.batch(trees, self.pad_token_id, feed_last=True).to(self.device)
@@ -424,8 +443,6 @@ class RewardModel(nn.Module):
         else:
             ids = tokenize_answer(self.tokenizer, prompt, text, complete=complete)
             prompt_ids, answer_ids = ids.prompt_ids, ids.answer_ids
-        if self.max_length is not None and len(prompt_ids) < self.max_length:
-            answer_ids = answer_ids[: self.max_length - len(prompt_ids)]
         room = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if room is not None and len(prompt_ids) + len(answer_ids) > room:
             raise DataError(
@@ -449,7 +466,6 @@ class RewardModel(nn.Module):
             bias=self.bias,
             base=self.base,
             reads_at=self.reads_at,
-            max_length=self.max_length,
         )
 
     def to_sequence_classification(self, folder: str | Path) -> Path:
@@ -462,6 +478,27 @@ class RewardModel(nn.Module):
         return save_sequence_classification(self, folder)
 
 
+def _read(folder: Path) -> tuple[RewardModelFile, dict[str, Tensor]]:
+    """What a folder says, and its head."""
+    try:
+        said = msgspec.json.decode((folder / _FILE).read_bytes(), type=RewardModelFile)
+        weights = load_file(folder / _HEADS)
+    except (OSError, msgspec.MsgspecError, ValueError) as error:
+        raise ModelError(
+            f"cannot read the reward model in {folder}: {error}. Give a folder written by "
+            "RewardModel.save or train_reward."
+        ) from error
+    prefix = "reward."
+    return said, {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+
+def freeze_output_head(model: Any) -> None:
+    """No gradient for a language model's output head, which no score depends on, unless it is tied."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        head.requires_grad_(False)
+
+
 def loaded_base(base: Any, device: Device, dtype: DType) -> tuple[Any, Any]:
     """Model and tokenizer of a base that is loaded already, or named."""
     if isinstance(base, str):
@@ -471,16 +508,12 @@ def loaded_base(base: Any, device: Device, dtype: DType) -> tuple[Any, Any]:
     return base, None
 
 
-def new_head(model: Any) -> nn.Linear:
-    """A head of zeros for a model's hidden states, float32, on the model's device."""
-    return _head(model)
-
-
 def _head(model: Any) -> nn.Linear:
     width = base_model(model).config.get_text_config().hidden_size
     head = nn.Linear(width, 1, device=next(model.parameters()).device, dtype=torch.float32)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
+    head.bias.requires_grad_(False)  # preferences are about differences
     return head
 
 

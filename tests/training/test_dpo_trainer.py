@@ -22,6 +22,7 @@ from transformers import (
 from prefopt import DPOConfig, DPOTrainer
 from prefopt.errors import DataError, TrainingError
 from prefopt.training import dpo_trainer as module
+from prefopt.training import tree_trainer
 from tests.tiny_models import tiny_tokenizer
 from tests.training.dpo_cases import (
     LORA,
@@ -138,8 +139,8 @@ def test_the_micro_batches_really_differ(tmp_path):
 
 @pytest.mark.parametrize("name", ["sigmoid", "token means"])
 def test_merging_rows_of_one_prompt_changes_nothing(name, whole, tmp_path, monkeypatch):
-    apart = functools.partial(module.plan_micro_batches, merge=False)
-    monkeypatch.setattr(module, "plan_micro_batches", apart)
+    apart = functools.partial(tree_trainer.plan_micro_batches, merge=False)
+    monkeypatch.setattr(tree_trainer, "plan_micro_batches", apart)
     alone = trained(tmp_path, ROWS, micro_batch_tokens=10_000, **EXACT[name])
     assert_same_weights(alone, whole(name))
     assert_same_metrics(alone, whole(name))

@@ -386,7 +386,7 @@ def row_lists(draw):
 def told(rows):
     """Every preference spelled out: both sequences, probability, weight, and which row said it."""
     return Counter(
-        (row.sequences[p.chosen], row.sequences[p.rejected], p.p_chosen, p.weight, index)
+        (row.sequences[p.chosen], row.sequences[p.rejected], p.p_chosen, p.weight, index, p.margin)
         for index, row in enumerate(rows)
         for p in row.pairs
     )
@@ -444,17 +444,18 @@ def test_merging_by_hand():
     rows = [
         read({"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}),
         read({"prompt_ids": [9], "chosen_ids": [3, 4], "rejected_ids": [5]}),
-        read({"prompt_ids": [1, 2], "chosen_ids": [5], "rejected_ids": [6, 7], "p_chosen": 0.6}),
-    ]
+        read({"prompt_ids": [1, 2], "chosen_ids": [5], "rejected_ids": [6, 7], "p_chosen": 0.6,
+              "margin": 0.5}),
+    ]  # fmt: skip
     (batch,) = plan_micro_batches(rows, 100)
     assert batch.trees == (
         AnswerTree((1, 2), ((3, 4), (5,), (6, 7))),
         AnswerTree((9,), ((3, 4), (5,))),
     )
     assert [tuple(p) for p in batch.pairs] == [
-        (0, 1, 1.0, 1.0, 0),
-        (1, 2, 0.6, 1.0, 2),
-        (3, 4, 1.0, 1.0, 1),
+        (0, 1, 1.0, 1.0, 0, 0.0),
+        (1, 2, 0.6, 1.0, 2, 0.5),
+        (3, 4, 1.0, 1.0, 1, 0.0),
     ]
     (apart,) = plan_micro_batches(rows, 100, merge=False)
     assert len(apart.trees) == 3

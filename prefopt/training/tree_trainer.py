@@ -1,0 +1,350 @@
+"""Preference rows -> optimiser steps on tree batches: the loop that trainers of preferences share.
+
+One optimiser step takes all its rows at once, merges those that share a prompt, distributes the trees
+over micro-batches by tokens, and divides by the true counts of the whole step, so the gradient is
+the same for every split over micro-batches, accumulation steps and processes. A subclass gives the
+loss of a micro-batch; the loop is `transformers.Trainer`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import Tensor
+
+from prefopt.training.callbacks import AnswerCallback, ProgressBar
+from prefopt.training.preference_rows import (
+    TOKEN_COLUMNS,
+    MicroBatch,
+    PreferenceRow,
+    PreferenceRows,
+    PromptGroupSampler,
+    RowCollator,
+    plan_micro_batches,
+    rows_from_padded,
+    tokenize_preferences,
+    usable_rows,
+)
+from prefopt.training.tree_model import Scoring, base_model, tree_attention
+
+# Tokens a micro-batch feeds, unless the user says otherwise: enough rows for fast matrix products,
+# few enough that their activations fit beside the weights.
+_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """The micro-batches of one call of `training_step`, and the counts of the whole optimiser step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    n_rows: float
+    mean_chosen_length: float
+    n_tokens: int
+
+
+class Averages:
+    """Weighted sums of metrics, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor, weights: Tensor) -> None:
+        """Add values (N,) with their weights (N,)."""
+        pair = torch.stack(((values.double() * weights).sum(), weights.double().sum()))
+        self._sums.setdefault(name, []).append(pair)
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """The means over all processes; the sums start anew."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = torch.stack([torch.stack(self._sums[name]).sum(0) for name in names])
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums, reduction="sum")
+        self._sums.clear()
+        return {
+            name: float(total / count) if count else 0.0
+            for name, (total, count) in zip(names, sums.tolist(), strict=True)
+        }
+
+
+class TreeTrainer(transformers.Trainer):
+    """The loop; `_micro_batch_loss` is a subclass's, and so is `scoring`, set once it is made.
+
+    Args:
+        tokenizer: of the rows' texts.
+        row_options: how rows are read, see `read_row`.
+        arguments: as for `transformers.Trainer`.
+    """
+
+    train_dataset: Any
+    eval_dataset: Any
+    scoring: Scoring
+    _signature_columns: Any
+
+    def __init__(self, *, tokenizer: Any, row_options: dict[str, Any], **arguments: Any) -> None:
+        self._row_options, self._text_processor = row_options, tokenizer
+        args, eval_dataset = arguments["args"], arguments["eval_dataset"]
+        # Every process collates its own rows: what the collator makes is no tensor to send around.
+        args.accelerator_config.dispatch_batches = False
+        # Buffers are constants of the architecture. Sending them around before a forward pass would
+        # have processes wait for each other that have unlike numbers of micro-batches.
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False
+        arguments["train_dataset"] = self._prepared(arguments["train_dataset"], "train", args)
+        if isinstance(eval_dataset, Mapping):
+            arguments["eval_dataset"] = {
+                name: self._prepared(part, name, args) for name, part in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            arguments["eval_dataset"] = self._prepared(eval_dataset, "eval", args)
+        arguments["data_collator"] = arguments["data_collator"] or RowCollator(**row_options)
+        super().__init__(**arguments)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs are visible to one process, which nn.DataParallel would use. Start with "
+                "accelerate launch or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        for callback in tuple(self.callback_handler.callbacks):
+            if isinstance(callback, ProgressBar):
+                callback.attach(self)
+        # What training_step returns is the share of the whole step's loss; nothing divides it again.
+        self.loss_is_scaled_for_ga = True
+        self._averages = {"train": Averages(), "eval": Averages()}
+        self._offload: Any = contextlib.nullcontext()
+
+    @property
+    def _language_model(self) -> Any:
+        """The model that attends along trees."""
+        return self.model
+
+    def _prepared(self, dataset: Any, name: str, args: Any) -> Any:
+        if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+            raise TypeError(
+                f"the {name} dataset must be a datasets.Dataset or IterableDataset, got "
+                f"{type(dataset).__name__}. datasets.Dataset.from_list makes one from a list of rows."
+            )
+        tokenized = tokenize_preferences(
+            dataset, self._text_processor, num_proc=args.dataset_num_proc, name=name
+        )
+        return usable_rows(tokenized, name=name, **self._row_options)
+
+    @property
+    def _pad_token_id(self) -> int:
+        return int(self._text_processor.pad_token_id or 0)
+
+    @property
+    def _budget(self) -> int:
+        default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
+        return int(self.args.micro_batch_tokens or default)
+
+    def _plan(self, rows: Sequence[PreferenceRow]) -> list[MicroBatch]:
+        return plan_micro_batches(rows, self._budget)
+
+    # --- Batches ---------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(TOKEN_COLUMNS)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if (
+            not isinstance(dataset, datasets.Dataset)
+            or self.args.train_sampling_strategy != "random"
+        ):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        prompts: Sequence[Any] = range(len(dataset))
+        if self.args.group_by_prompt:
+            prompts = [tuple(ids) for ids in dataset["prompt_ids"]]
+        return PromptGroupSampler(prompts, seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[PlannedBatch], None]:
+        """All rows of one optimiser step, merged and distributed anew over its calls."""
+        batches = []
+        for _ in range(num_batches):
+            with contextlib.suppress(StopIteration):
+                batches.append(next(epoch_iterator))
+        rows = [row for batch in batches for row in batch_rows(batch).rows]
+        if not rows:
+            return [], None
+        plan = self._plan(rows)
+        n_rows = float(len(rows))
+        n_tokens: float = sum(row.n_tokens for row in rows)
+        chosen = sum(
+            pair.weight * len(row.sequences[pair.chosen].answer_ids)
+            for row in rows
+            for pair in row.pairs
+        )
+        if self.accelerator.num_processes > 1:
+            # All counts here, where every process is once a step: the calls that follow may do
+            # nothing on one process and something on another.
+            counts = torch.tensor([n_rows, chosen, n_tokens], dtype=torch.float64, device=device)
+            n_rows, chosen, n_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        # The last call must not be empty: it is the one in which processes add up their gradients.
+        shares = [plan[len(plan) * i // len(batches) : len(plan) * (i + 1) // len(batches)]
+                  for i in range(len(batches))]  # fmt: skip
+        if not shares[-1]:
+            shares[-1] = [next(share for share in reversed(shares) if share).pop()]
+        return [
+            PlannedBatch(tuple(share), n_rows, chosen / n_rows, int(n_tokens) if i == 0 else 0)
+            for i, share in enumerate(shares)
+        ], None
+
+    def _plan_alone(self, inputs: Any) -> PlannedBatch:
+        """A batch that is a whole step by itself, as in evaluation."""
+        if isinstance(inputs, PlannedBatch):
+            return inputs
+        rows = batch_rows(inputs).rows
+        chosen = sum(
+            pair.weight * len(row.sequences[pair.chosen].answer_ids)
+            for row in rows
+            for pair in row.pairs
+        )
+        plan = self._plan(rows)
+        n_tokens = sum(row.n_tokens for row in rows)
+        return PlannedBatch(tuple(plan), float(len(rows)), chosen / len(rows), n_tokens)
+
+    # --- Loss ------------------------------------------------------------------------------------
+
+    def _micro_batch_loss(
+        self, model: Any, micro_batch: MicroBatch, step: PlannedBatch, mode: str
+    ) -> Tensor:
+        """The micro-batch's share of the step's mean loss."""
+        raise NotImplementedError
+
+    def training_step(
+        self, model: Any, inputs: PlannedBatch, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of some micro-batches; the gradients of the step add up to its mean."""
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        total = torch.zeros((), device=self.args.device)
+        options: dict[str, Any] = {}
+        if (
+            self.accelerator.distributed_type
+            == transformers.training_args.DistributedType.DEEPSPEED
+        ):
+            options["scale_wrt_gas"] = False
+        for index, micro_batch in enumerate(inputs.micro_batches):
+            last = index == len(inputs.micro_batches) - 1
+            wait = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            with wait, self._offload, tree_attention(self._language_model, self.scoring):
+                loss = self._micro_batch_loss(model, micro_batch, inputs, "train")
+                # Processes average their gradients; the step's mean is over the rows of all of them.
+                self.accelerator.backward(loss * self.accelerator.num_processes, **options)
+            total += loss.detach()
+        return total * self.accelerator.num_processes
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean loss of a batch of rows."""
+        planned = self._plan_alone(inputs)
+        mode = "train" if model.training else "eval"
+        with tree_attention(self._language_model, self.scoring):
+            losses = [
+                self._micro_batch_loss(model, micro_batch, planned, mode)
+                for micro_batch in planned.micro_batches
+            ]
+        loss = torch.stack(losses).sum()
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last call to what the loop logs."""
+        if self.model.training:
+            logs.update(self._averages["train"].read(self.accelerator))
+            logs["num_tokens"] = float(self.state.num_input_tokens_seen)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AnswerCallback):  # what it measures must be there in time
+                callback.before_log(self, logs)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; a dataset given here is prepared like the others."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            if isinstance(eval_dataset, Mapping):
+                parts = {n: self._prepared(d, n, self.args) for n, d in eval_dataset.items()}
+            else:
+                parts = {"": self._prepared(eval_dataset, "eval", self.args)}
+            self._check_evaluable(parts)
+            metrics: dict[str, float] = {}
+            for name, part in parts.items():
+                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+                metrics.update(super().evaluate(part, ignore_keys, prefix))
+            return metrics
+        found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return found
+
+    def _check_evaluable(self, parts: Mapping[str, Any]) -> None:
+        """Raise ValueError where data sets given to `evaluate` cannot be used."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, with means over the true counts."""
+        self._averages["eval"] = Averages()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for name, value in self._averages["eval"].read(self.accelerator).items():
+            output.metrics[f"{prefix}_{name}"] = value
+        output.metrics[f"{prefix}_num_tokens"] = float(self.state.num_input_tokens_seen)
+        return output
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss of one batch; its metrics are `_micro_batch_loss`'s."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(model, inputs)
+        return loss, None, None
+
+    # --- What the loop asks of a batch -----------------------------------------------------------
+
+    def _track_num_input_tokens(self, inputs: PlannedBatch) -> None:
+        self.state.num_input_tokens_seen += inputs.n_tokens  # saved, so a resumed count goes on
+
+    def floating_point_ops(self, inputs: PlannedBatch) -> int:
+        """Six a parameter and token fed, the usual estimate."""
+        fed = sum(tree.n_tokens for batch in inputs.micro_batches for tree in batch.trees)
+        model = base_model(self._language_model)
+        return 6 * fed * int(model.num_parameters(exclude_embeddings=True))
+
+
+def batch_rows(batch: Any) -> PreferenceRows:
+    """The rows of a batch, whichever collator made it."""
+    return batch if isinstance(batch, PreferenceRows) else rows_from_padded(batch)
+
+
+def ranked_groups(
+    groups: Sequence[tuple[Sequence[int], Sequence[float]]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of answers with their scores, best first, as what losses on whole groups take.
+
+    Returns:
+        the answers' indices, their scores, and True where there is an answer; each (G, K).
+    """
+    width = max(len(members) for members, _ in groups)
+    index = torch.zeros(len(groups), width, dtype=torch.long)
+    given = torch.zeros(len(groups), width)
+    mask = torch.zeros(len(groups), width, dtype=torch.bool)
+    for row, (members, scores) in enumerate(groups):
+        order = sorted(range(len(members)), key=lambda i: -scores[i])
+        index[row, : len(members)] = torch.tensor([members[i] for i in order])
+        given[row, : len(members)] = torch.tensor([scores[i] for i in order])
+        mask[row, : len(members)] = True
+    return index.to(device), given.to(device), mask.to(device)
