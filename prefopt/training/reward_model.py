@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +35,7 @@ from prefopt.models import (
     load_model,
     wrap_with_adapter,
 )
+from prefopt.training.checkpoints import whole_folder
 from prefopt.training.tree_model import (
     Scoring,
     answer_states,
@@ -142,7 +142,7 @@ class RewardModel(nn.Module):
                 model = wrap_with_adapter(model, peft_config)
             elif not hasattr(model, "peft_config"):
                 freeze_output_head(model)
-            head = _head(model)
+            head = new_head(model)
             head.weight.data.normal_(std=(head.in_features + 1) ** -0.5)
         return cls(
             model,
@@ -200,7 +200,7 @@ class RewardModel(nn.Module):
             model, tokenizer = loaded_base(said.base if base is None else base, device, dtype)
             model = attach_adapter(model, path, name=adapter_name, trainable=trainable)
             adapter = adapter_name
-        head = _head(model)
+        head = new_head(model)
         try:
             head.load_state_dict(weights)
         except RuntimeError as error:
@@ -228,18 +228,9 @@ class RewardModel(nn.Module):
         Raises:
             DataError: the folder cannot be written.
         """
-        from prefopt.data.records import unwritable
-
         folder = Path(folder)
-        temporary = folder.with_name(folder.name + ".tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        with whole_folder(folder) as temporary:
             self.write(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-        except OSError as error:
-            raise unwritable(folder, error) from error
         return folder
 
     def write(self, folder: Path) -> None:
@@ -508,7 +499,8 @@ def loaded_base(base: Any, device: Device, dtype: DType) -> tuple[Any, Any]:
     return base, None
 
 
-def _head(model: Any) -> nn.Linear:
+def new_head(model: Any) -> nn.Linear:
+    """A head of zeros for a model's hidden states, in float32 and on the model's device."""
     width = base_model(model).config.get_text_config().hidden_size
     head = nn.Linear(width, 1, device=next(model.parameters()).device, dtype=torch.float32)
     nn.init.zeros_(head.weight)
