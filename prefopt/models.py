@@ -18,7 +18,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from prefopt.errors import ModelError
 
@@ -292,6 +292,71 @@ def load_adapter_weights(model: Any, folder: str | Path, name: str) -> None:
     missing = [key for key in loaded.missing_keys if f".{name}." in key]
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+
+
+def load_sequence_classifier(
+    name: str, *, device: Device = "auto", dtype: DType = "auto"
+) -> tuple[Any, Any]:
+    """An `AutoModelForSequenceClassification` with one label, and its tokenizer.
+
+    Raises:
+        ModelError: no such model, unreadable files, or several labels.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    place = resolve_device(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=resolve_dtype(dtype, place), use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"cannot load reward model {name!r}: {_first_line(error)} Give a folder written by "
+            "train_reward or RewardModel.save, or a sequence classification model with one label."
+        ) from error
+    if model.config.num_labels != 1:
+        raise ModelError(
+            f"{name!r} has {model.config.num_labels} labels; a reward model has one. A classifier is "
+            "no reward model."
+        )
+    return model.to(place).eval(), tokenizer
+
+
+class ClassificationAdapter(NamedTuple):
+    """What a sequence classification adapter brings beside its LoRA weights."""
+
+    base: str
+    head: dict[str, Any]  # "weight" (labels, D), and "bias" where it has one
+    tokenizer: Any
+
+
+def load_classification_adapter(folder: str) -> ClassificationAdapter:
+    """The head that PEFT keeps inside a sequence classification adapter, which it drops elsewhere.
+
+    Raises:
+        ModelError: the adapter is none for sequence classification.
+    """
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+    from transformers import AutoTokenizer
+
+    weights = load_peft_weights(folder, device="cpu")
+    head = {
+        key.rpartition(".")[2]: weight
+        for key, weight in weights.items()
+        if key.split(".")[-2:][0] in ("score", "classifier")
+    }
+    if "weight" not in head:
+        raise ModelError(
+            f"the adapter {folder!r} has no head that scores, so it is no reward model's."
+        )
+    there = (Path(folder) / "tokenizer_config.json").is_file()
+    return ClassificationAdapter(
+        str(PeftConfig.from_pretrained(folder).base_model_name_or_path),
+        head,
+        AutoTokenizer.from_pretrained(folder) if there else None,
+    )
 
 
 @contextlib.contextmanager
