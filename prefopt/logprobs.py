@@ -123,32 +123,32 @@ class _ScoreTokens(torch.autograd.Function):
                 part = slice(start, start + rows)
                 target = targets[part, None]
                 z, slope = _logits(inputs[part], weight, bias, scale, softcap)
-                highest, best = z.max(-1, keepdim=True)
-                of_target = z.gather(-1, target)[:, 0]
+                highest = z.amax(-1, keepdim=True)
+                of_target = z.gather(-1, target)
                 kept = None
                 if wanted.statistics:
                     mean[part] = z.mean(-1)
-                    top1[part] = (best == target)[:, 0]
+                    top1[part] = (of_target >= highest)[:, 0]
                     kept = None if entropy_from_gradient else z.clone()
-                p = z.sub_(highest).exp_()
+                p = z.sub_(highest).exp_()  # but for the division by their sum
                 total = p.sum(-1, keepdim=True)
                 log_z[part] = (highest + total.log())[:, 0]
-                logprobs[part] = of_target - log_z[part]
+                logprobs[part] = of_target[:, 0] - log_z[part]
                 if gradient is None and kept is None and not wanted.log_sum_sq:
                     continue
-                p.div_(total)
                 if wanted.log_sum_sq:
-                    squares[part] = p.square().sum(-1).log()
+                    squares[part] = p.square().sum(-1).log() - 2.0 * total[:, 0].log()
                 if kept is not None:
                     if bias is not None:  # which may rule tokens out: 0 * -inf is not a number
                         kept.masked_fill_(p == 0, 0.0)
-                    entropy[part] = log_z[part] - kept.mul_(p).sum(-1)
+                    entropy[part] = log_z[part] - (kept.mul_(p).sum(-1, keepdim=True) / total)[:, 0]
                 if gradient is not None:  # d log p / d z = onehot(target) - p
                     towards = weight[targets[part]]
                     if slope is not None:
                         p.mul_(slope)
                         towards = towards * slope.gather(-1, target).to(towards.dtype)
-                    pulled = p.to(weight.dtype) @ weight  # (C, D)
+                    # Dividing (C, D) by the sum costs less than dividing (C, V).
+                    pulled = matrix_product(p.to(weight.dtype), weight.t()) / total
                     if wanted.statistics and entropy_from_gradient:
                         expected = (inputs[part].float() * pulled.float()).sum(-1)
                         entropy[part] = log_z[part] - scale * expected
