@@ -1,12 +1,13 @@
 """Rows with their place, from wherever a table lies: a file, the Hub, a Dataset or a sequence.
 
-In: a path (.jsonl, .json, .parquet, .txt), a Hub dataset id, a `datasets.Dataset` or a sequence.
+In: a path (.jsonl, .json, .parquet, .txt, or a text file with .gz after it), a Hub dataset id, a `datasets.Dataset` or a sequence.
 Out: `Rows`, each row with the words that find it again, plus every line that could not be read, so
 that the caller reports these together with the rows it cannot use. Knows no meaning of any column.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -25,6 +26,7 @@ Source: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_GZIP = ".gz"
 _BOM_UTF8 = b"\xef\xbb\xbf"
 
 
@@ -84,6 +86,8 @@ def read_rows(source: Source, *, split: str = "train") -> Rows:
 def _read_named(name: str, *, is_path: bool, split: str) -> Rows:
     path = Path(name)
     suffix = path.suffix.lower()
+    if suffix == _GZIP:
+        suffix = Path(path.stem).suffix.lower()
     if path.is_dir():
         raise DataError(
             f"{name} is a folder; expected one file ({', '.join(SUFFIXES)}). A folder written by "
@@ -131,12 +135,16 @@ def _read_hub(repo_id: str, split: str) -> Rows:
 def _read_file(path: Path, suffix: str) -> Rows:
     if suffix not in SUFFIXES:
         raise DataError(f"cannot read {path}: expected one of {', '.join(SUFFIXES)}.")
-    if suffix == ".parquet":
+    if suffix == ".parquet" and path.suffix.lower() != _GZIP:
         return _read_parquet(path)
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+        if path.suffix.lower() == _GZIP:
+            content = gzip.decompress(content)
+    except (OSError, EOFError) as error:
+        raise DataError(
+            f"cannot read {path}: {getattr(error, 'strerror', '') or error}."
+        ) from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(
             f"{path} is UTF-16 text, expected UTF-8. Convert it: "

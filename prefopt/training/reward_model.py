@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 ReadsAt = Literal["end_token", "template_end"]
 """Where a score is read: at the token that ends the answer, or where the chat template ends."""
 
+TokenizedSides = tuple[tuple[int, ...], tuple[int, ...]]
+"""The ids of a prompt and of an answer to it."""
+
 _FILE, _HEADS = "reward_model.json", "heads.safetensors"
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
@@ -299,6 +302,10 @@ class RewardModel(nn.Module):
     def scoring(self, scoring: Scoring) -> None:
         self._scoring = scoring
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the language model's."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+
     @property
     def pad_token_id(self) -> int:
         """What fills a padded batch; no mask is made from it."""
@@ -396,29 +403,31 @@ class RewardModel(nn.Module):
                 f"expected one list of answers for each of the {len(prompts)} prompts, got "
                 f"{len(answers)}."
             )
-        trees: dict[tuple[int, tuple[int, ...]], list[tuple[int, ...]]] = {}
-        places: list[tuple[int, tuple[int, ...], int]] = []
-        for i, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
-            for text in texts:
-                prompt_ids, answer_ids = self.tokenize(prompt, text)
-                members = trees.setdefault((i, prompt_ids), [])
-                places.append((i, prompt_ids, len(members)))
-                members.append(answer_ids)
-        if not places:
-            return [[] for _ in prompts]
-        starts, n = {}, 0
-        for key, members in trees.items():
-            starts[key] = n
-            n += len(members)
-        found = self.score_trees([AnswerTree(k[1], tuple(m)) for k, m in trees.items()]).tolist()
-        scores: list[list[float]] = [[] for _ in prompts]
-        for i, prompt_ids, place in places:
-            scores[i].append(found[starts[i, prompt_ids] + place])
-        return scores
+        ids = [
+            [self.tokenize(prompt, text) for text in texts]
+            for prompt, texts in zip(prompts, answers, strict=True)
+        ]
+        return self.score_ids(ids)
 
-    def tokenize(
-        self, prompt: Prompt, text: str, *, complete: bool = True
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def score_ids(self, tokenized: Sequence[Sequence[TokenizedSides]]) -> list[list[float]]:
+        """The scores of each prompt's answers, as `tokenize` returns them."""
+        trees: list[AnswerTree] = []
+        places: list[list[int]] = []  # of each answer, among all answers of all trees
+        n = 0
+        for answers in tokenized:
+            # Answers whose prompt the tokenizer merged with them in another way have another prompt.
+            prompts = list(dict.fromkeys(prompt_ids for prompt_ids, _ in answers))
+            at: dict[int, int] = {}
+            for prompt_ids in prompts:
+                members = [i for i, (own, _) in enumerate(answers) if own == prompt_ids]
+                trees.append(AnswerTree(prompt_ids, tuple(answers[i][1] for i in members)))
+                at |= {i: n + place for place, i in enumerate(members)}
+                n += len(members)
+            places.append([at[i] for i in range(len(answers))])
+        found = self.score_trees(trees).tolist()
+        return [[found[place] for place in row] for row in places]
+
+    def tokenize(self, prompt: Prompt, text: str, *, complete: bool = True) -> TokenizedSides:
         """The ids of prompt and answer, as this model is to read them.
 
         Raises:

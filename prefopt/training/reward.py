@@ -1,0 +1,501 @@
+"""Preference groups -> a reward model in a folder, and how good it is on labelled pairs.
+
+    loss = -log s(r_chosen - r_rejected)
+
+(Stiennon et al. 2020, arXiv:2009.01325). The loop and the losses are `RewardTrainer`'s; this module
+gives it token ids whose boundaries `prefopt.chat` decided, sets the scores' level when training is
+done, writes model, card and log, and continues a killed run from its last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from prefopt.chat import tokenize_candidate
+from prefopt.data.labelled import LabelledPair, load_labelled
+from prefopt.data.preference_data import load_preferences
+from prefopt.data.rows import read_rows
+from prefopt.errors import DataError
+from prefopt.models import (
+    Device,
+    DType,
+    LanguageModel,
+    LoRASettings,
+    adapter_fingerprint,
+    load_model,
+    lora_config,
+    model_fingerprint,
+)
+from prefopt.progress import progress_bar
+from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
+from prefopt.training.reward_report import RewardReport, ScoredPair, measure_reward
+from prefopt.types import Candidate, PreferenceGroup
+
+if TYPE_CHECKING:
+    from prefopt.training.reward_model import RewardModel
+
+logger = logging.getLogger(__name__)
+
+RewardLossName = Literal["bradley_terry", "rao_kupper", "davidson"]
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """How a reward model is trained.
+
+    Args:
+        learning_rate: peak rate; None takes 2e-4 below one billion parameters, 1e-4 below four,
+            5e-5 below fifteen, 2e-5 above.
+        epochs: passes over the data. More than one soon makes a reward model too sure of itself.
+        batch_size: prompts an optimiser step; all preferences among a prompt's answers count as one.
+        micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
+            16,384 on a GPU. It decides about memory and never about the result.
+        max_length: tokens of prompt and answer together. Prompts with a longer answer are left out
+            and counted: an answer without its end is another answer.
+        loss: the law of preferences that is fitted; see `prefopt.reward_losses`.
+        soft_labels: what a pair's `p_chosen` below 1 does: the loss expected under it ("expected"),
+            or nothing ("ignore"), and see `prefopt.losses.soft_label_loss`.
+        margin_weight: a preference's margin (its mean grade, up to 2) times this is by how much the
+            better answer is asked to be better. Scores are then no longer log-odds.
+        centering_penalty: weight of (r_chosen + r_rejected)^2, which holds the scores' level during
+            training; 0.01 where it matters.
+        centre_on: prompts whose answers have the mean score 0 in the end; 0 leaves the level open.
+        warmup: share of the steps over which the rate rises from 0.
+        schedule: how the rate falls after that.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, slower.
+        checkpoint_every: optimiser steps between checkpoints; None takes a tenth of the run.
+        seed: of the initial weights and the order of the prompts.
+        report_to: trackers that transformers knows ("tensorboard", "wandb", "trackio").
+    """
+
+    learning_rate: float | None = None
+    epochs: float = 1.0
+    batch_size: int = 16
+    micro_batch_tokens: int | None = None
+    max_length: int = 1024
+    loss: RewardLossName = "bradley_terry"
+    soft_labels: Literal["expected", "geometric", "robust", "ignore"] = "expected"
+    margin_weight: float = 0.0
+    centering_penalty: float = 0.0
+    centre_on: int = 256
+    warmup: float = 0.1
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    checkpoint_every: int | None = None
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("epochs", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name} must be positive, got {getattr(self, name)}")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            problems.append(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("margin_weight", "centering_penalty", "centre_on"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            problems.append(f"micro_batch_tokens must be positive, got {self.micro_batch_tokens}")
+        if not 0.0 <= self.warmup < 1.0:
+            problems.append(f"warmup must be a share in [0, 1), got {self.warmup}")
+        if problems:
+            raise ValueError("reward settings: " + "; ".join(problems) + ".")
+
+
+class RewardPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One logged training step; `margin` and `mean_reward` are before the bias is subtracted."""
+
+    step: int
+    epoch: float
+    loss: float
+    accuracy: float
+    margin: float
+    mean_reward: float
+    learning_rate: float
+    grad_norm: float | None
+
+
+class RewardResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished training: where the reward model is and what the log says."""
+
+    folder: Path
+    bias: float
+    n_prompts: int
+    n_pairs: int
+    n_left_out: int
+    n_parameters_trained: int
+    learning_rate: float
+    points: tuple[RewardPoint, ...]
+
+
+def default_reward_learning_rate(n_parameters: int) -> float:
+    """The peak rate for a LoRA reward model by the size of its base model."""
+    for below, rate in ((1e9, 2e-4), (4e9, 1e-4), (15e9, 5e-5)):
+        if n_parameters < below:
+            return rate
+    return 2e-5
+
+
+def train_reward(
+    groups: Sequence[PreferenceGroup],
+    model: str | LanguageModel,
+    out: str | Path,
+    *,
+    settings: RewardSettings | None = None,
+    lora: LoRASettings | None = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    checkpoints: str | Path | None = None,
+    progress: bool = True,
+) -> RewardResult:
+    """Train a reward model (LoRA and head) on preferences and save it in `out`.
+
+    All preferences among a prompt's answers are learned from, for the price of the prompt and its
+    answers once, and count as one together (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+
+    Args:
+        groups: preferences, as `build_preferences` or `load_preferences` return them.
+        model: a name, or a loaded model (which gets the adapter attached).
+        out: folder for `RewardModel.load`, with a model card and `training_log.jsonl`.
+        settings: see `RewardSettings`.
+        lora: see `LoRASettings`; `continue_from` is the folder of a reward model to train further.
+        device: where to train when `model` is a name.
+        dtype: of the base weights when `model` is a name; adapter and head are float32.
+        checkpoints: folder for checkpoints, default `<out>.checkpoints`. A call with the same
+            arguments continues from the last whole one and ends with the same weights.
+        progress: show a bar with prompts a second, loss and time left.
+
+    Raises:
+        DataError: no preferences, or none that fit into `max_length`.
+        TrainingError: the loss is no longer finite.
+        ModelError: the model, adapter or device cannot be used.
+    """
+    settings, lora, out = settings or RewardSettings(), lora or LoRASettings(), Path(out)
+    checkpoint_dir = Path(checkpoints) if checkpoints else out.with_name(out.name + ".checkpoints")
+    reward = _initial(model, lora, settings, device, dtype)
+    rows, too_long = _rows(groups, reward.tokenizer, settings.max_length)
+    claim_checkpoints(
+        checkpoint_dir,
+        [
+            "reward model",
+            model_fingerprint(model if isinstance(model, str) else model.base),
+            rows,
+            msgspec.to_builtins(settings),
+            msgspec.to_builtins(lora),
+            lora.continue_from and adapter_fingerprint(lora.continue_from),
+        ],
+    )
+    trainer = _make_trainer(reward, rows, settings, checkpoint_dir, progress)
+    resume = last_whole_checkpoint(checkpoint_dir)
+    if resume is not None:
+        logger.warning("continuing from %s", resume.name)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    _centre(reward, rows, settings)
+    result = RewardResult(
+        folder=out,
+        bias=reward.bias,
+        n_prompts=len(rows),
+        n_pairs=sum(len(row["preferences"]) for row in rows),
+        n_left_out=too_long,
+        n_parameters_trained=sum(p.numel() for p in reward.parameters() if p.requires_grad),
+        learning_rate=trainer.args.learning_rate,
+        points=_points(trainer.state.log_history),
+    )
+    _save(reward, result, settings)
+    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    return result
+
+
+def load_reward_log(folder: str | Path) -> tuple[RewardPoint, ...]:
+    """The logged steps that `train_reward` wrote beside a reward model."""
+    from prefopt.data.records import read_records
+
+    return tuple(read_records(Path(folder) / "training_log.jsonl", RewardPoint))
+
+
+def evaluate_reward_model(
+    model: RewardModel | str | Path,
+    data: str | Path | Sequence[PreferenceGroup | LabelledPair],
+    *,
+    name: str = "",
+    device: Device = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> RewardReport:
+    """Accuracy, calibration and the pull of length of a reward model on labelled pairs.
+
+    Args:
+        model: a reward model, or its folder.
+        data: preference groups, labelled pairs, or a file of either, as `load_preferences` and
+            `load_labelled` read them.
+        name: of the data, for the report; that of a file's folder where it is left out.
+        device: where to load a model that is named.
+        seed: of the intervals.
+        progress: show a bar.
+
+    Raises:
+        DataError: there are no pairs, or an answer is longer than the model reads.
+        ModelError: the model cannot be loaded.
+    """
+    from prefopt.training.reward_model import RewardModel
+
+    if isinstance(data, str | Path):
+        path = Path(data)
+        stem = path.name.partition(".")[0]
+        name = name or (path.parent.name if stem in ("dev", "test", "train") else stem)
+        data = _read(path)
+    pairs = [pair for item in data for pair in _labelled(item)]
+    if not pairs:
+        raise DataError("there are no labelled pairs to hold the reward model against.")
+    reward = model if isinstance(model, RewardModel) else RewardModel.load(model, device=device)
+    by_prompt: dict[str, dict[tuple[str, bool], Candidate]] = {}
+    for a, b, _ in pairs:
+        answers = by_prompt.setdefault(a.prompt.prompt_id, {})
+        answers |= {_key(a): a, _key(b): b}
+    found: dict[tuple[str, tuple[str, bool]], tuple[float, int]] = {}
+    bar = progress_bar(total=len(by_prompt), description="scoring", unit="prompt", show=progress)
+    with bar:
+        for start in range(0, len(by_prompt), _CHUNK):
+            part = list(by_prompt.items())[start : start + _CHUNK]
+            ids = [
+                [reward.tokenize(a.prompt, a.text, complete=_key(a)[1]) for a in answers.values()]
+                for _, answers in part
+            ]
+            for (prompt, answers), sides, scores in zip(
+                part, ids, reward.score_ids(ids), strict=True
+            ):
+                for key, (_, answer_ids), score in zip(answers, sides, scores, strict=True):
+                    found[prompt, key] = (score, len(answer_ids))
+            bar.update(len(part))
+    scored = []
+    for a, b, p_a in pairs:
+        asked = a.prompt
+        (score_a, n_a), (score_b, n_b) = (found[asked.prompt_id, _key(x)] for x in (a, b))
+        scored.append(
+            ScoredPair(
+                prompt_id=asked.prompt_id, category=asked.category, score_a=score_a,
+                score_b=score_b, n_tokens_a=n_a, n_tokens_b=n_b, p_a=p_a,
+            )
+        )  # fmt: skip
+    return measure_reward(scored, name=name, seed=seed)
+
+
+_CHUNK = 64  # prompts scored between two updates of the bar
+
+
+def _key(answer: Candidate) -> tuple[str, bool]:
+    return answer.text, answer.finish_reason != "length"
+
+
+def _labelled(
+    item: PreferenceGroup | LabelledPair,
+) -> Iterable[tuple[Candidate, Candidate, float]]:
+    if isinstance(item, LabelledPair):
+        p_a = {"a": 1.0, "tie": 0.5, "b": 0.0}[item.label]
+        return [(item.comparison.a, item.comparison.b, p_a)]
+    return [(chosen, rejected, p.p_chosen) for chosen, rejected, p in item.pairs()]
+
+
+def _read(path: Path) -> Sequence[PreferenceGroup | LabelledPair]:
+    table = read_rows(path)
+    if {"response_a", "answer_a"} & set(table.columns()):
+        return load_labelled(path)
+    return load_preferences(path)
+
+
+def _initial(
+    model: str | LanguageModel,
+    lora: LoRASettings,
+    settings: RewardSettings,
+    device: Device,
+    dtype: DType,
+) -> RewardModel:
+    from prefopt.training.reward_model import RewardModel
+
+    loaded = model
+    if isinstance(loaded, str):
+        loaded = load_model(loaded, device=device, dtype=dtype)
+    if lora.continue_from is not None:
+        return RewardModel.load(
+            lora.continue_from, base=loaded, adapter_name="default", trainable=True
+        )
+    return RewardModel.new(loaded, peft_config=lora_config(lora), seed=settings.seed)
+
+
+def _rows(
+    groups: Sequence[PreferenceGroup], tokenizer: Any, max_length: int
+) -> tuple[list[dict[str, Any]], int]:
+    """One row of token ids for each group, and how many were too long."""
+    rows: list[dict[str, Any]] = []
+    too_long = 0
+    for group in groups:
+        used = sorted({i for p in group.preferences for i in (p.chosen, p.rejected)})
+        if not used:
+            continue
+        ids = [tokenize_candidate(tokenizer, group.answers[i]) for i in used]
+        n = min(len(answer.prompt_ids) for answer in ids)
+        answers = [[*a.prompt_ids[n:], *a.answer_ids] for a in ids]
+        if n + max(map(len, answers)) > max_length:
+            too_long += 1
+            continue
+        place = {index: i for i, index in enumerate(used)}
+        rows.append(
+            {
+                "prompt_ids": list(ids[0].prompt_ids[:n]),
+                "answer_ids": answers,
+                "preferences": [
+                    [place[p.chosen], place[p.rejected], p.p_chosen, p.margin]
+                    for p in group.preferences
+                ],
+            }
+        )
+    if too_long:
+        logger.warning(
+            "%d of %d prompts are left out: with an answer they are longer than max_length=%d",
+            too_long,
+            too_long + len(rows),
+            max_length,
+        )
+    if not rows:
+        raise DataError(
+            f"there are no preferences to train on; {too_long} prompts were longer than "
+            f"max_length={max_length}."
+        )
+    return rows, too_long
+
+
+def _make_trainer(
+    reward: RewardModel,
+    rows: list[dict[str, Any]],
+    settings: RewardSettings,
+    checkpoint_dir: Path,
+    progress: bool,
+) -> Any:
+    import datasets
+
+    from prefopt.training.callbacks import ProgressBar
+    from prefopt.training.reward_trainer import RewardConfig, RewardTrainer
+
+    steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
+    n_parameters = sum(p.numel() for p in reward.model.parameters())
+    on_cpu = reward.device.type == "cpu"
+    args = RewardConfig(
+        output_dir=str(checkpoint_dir),
+        loss_type=settings.loss,
+        soft_labels=settings.soft_labels,
+        margin_weight=settings.margin_weight,
+        center_rewards_coefficient=settings.centering_penalty or None,
+        learning_rate=settings.learning_rate or default_reward_learning_rate(n_parameters),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        max_length=settings.max_length,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every or max(1, int(steps / 10)),
+        save_total_limit=2,
+        logging_steps=max(1, int(steps / 200)),
+        logging_first_step=True,
+        seed=settings.seed,
+        bf16=False,
+        fp16=False,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        report_to=list(settings.report_to) or "none",
+    )
+    trainer = RewardTrainer(model=reward, args=args, train_dataset=datasets.Dataset.from_list(rows))
+    ProgressBar(description="training (reward)", unit="prompt", show=progress).attach(trainer)
+    return trainer
+
+
+def _centre(reward: RewardModel, rows: list[dict[str, Any]], settings: RewardSettings) -> None:
+    from prefopt.trees import AnswerTree
+
+    if settings.centre_on:
+        reward.bias = 0.0
+        chosen = random.Random(settings.seed).sample(rows, min(settings.centre_on, len(rows)))
+        reward.centre(
+            [AnswerTree(tuple(r["prompt_ids"]), tuple(map(tuple, r["answer_ids"]))) for r in chosen]
+        )
+
+
+def _points(log_history: Iterable[Mapping[str, Any]]) -> tuple[RewardPoint, ...]:
+    return tuple(
+        RewardPoint(
+            step=int(entry.get("step", 0)),
+            grad_norm=None if entry.get("grad_norm") is None else float(entry["grad_norm"]),
+            **{
+                name: float(entry.get(name, math.nan))
+                for name in ("epoch", "loss", "accuracy", "margin", "mean_reward", "learning_rate")
+            },
+        )
+        for entry in log_history
+        if "loss" in entry
+    )
+
+
+def _save(reward: RewardModel, result: RewardResult, settings: RewardSettings) -> None:
+    from prefopt.data.records import write_bytes, write_records
+
+    with whole_folder(result.folder) as folder:
+        reward.write(folder)
+        write_records(folder / "training_log.jsonl", result.points)
+        write_bytes(folder / "README.md", _model_card(reward, result, settings).encode())
+
+
+def _model_card(reward: RewardModel, result: RewardResult, settings: RewardSettings) -> str:
+    base, last = reward.base or "", result.points[-1]
+    hub = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
+    return f"""---
+{hub}library_name: peft
+pipeline_tag: text-classification
+tags: [prefopt, reward-model, lora]
+---
+# A reward model on {base}
+
+Trained with [prefopt](https://pypi.org/project/prefopt/) on {result.n_pairs} preferences among the
+answers to {result.n_prompts} prompts ({result.n_left_out} prompts left out as too long).
+
+| setting | value |
+|---|---|
+| loss | {settings.loss}, soft labels {settings.soft_labels} |
+| parameters trained | {result.n_parameters_trained:,}, head included |
+| learning rate | {result.learning_rate:g}, {settings.schedule}, warm-up {settings.warmup:g} |
+| batch | {settings.batch_size} prompts, {settings.epochs:g} epoch(s), {last.step} steps |
+| bias | {result.bias:.6g}, subtracted from every score |
+| seed | {settings.seed} |
+
+Last logged step: loss {last.loss:.4f}, accuracy {last.accuracy:.2f}, on answers it was trained with;
+`prefopt.evaluate_reward_model` says how good it is on others.
+
+## Use
+
+```python
+from prefopt import Prompt, RewardModel
+
+reward = RewardModel.load("path/to/this/folder")
+reward.score([Prompt.from_text("Why is the sky blue?")], [["Air scatters blue light.", "No idea."]])
+```
+"""
