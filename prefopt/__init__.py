@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from prefopt.models import push_adapter as push_adapter
     from prefopt.preferences import build_preferences as build_preferences
     from prefopt.preferences import pair_candidates as pair_candidates
+    from prefopt.sampling.best_of_n import best_of_n as best_of_n
     from prefopt.sampling.candidates import SamplingSettings as SamplingSettings
     from prefopt.sampling.candidates import sample_candidates as sample_candidates
     from prefopt.training.callbacks import HealthWatch as HealthWatch
@@ -54,6 +55,13 @@ if TYPE_CHECKING:
     from prefopt.training.dpo import train_dpo as train_dpo
     from prefopt.training.dpo_trainer import DPOConfig as DPOConfig
     from prefopt.training.dpo_trainer import DPOTrainer as DPOTrainer
+    from prefopt.training.reward import RewardSettings as RewardSettings
+    from prefopt.training.reward import evaluate_reward_model as evaluate_reward_model
+    from prefopt.training.reward import train_reward as train_reward
+    from prefopt.training.reward_model import RewardModel as RewardModel
+    from prefopt.training.reward_report import RewardReport as RewardReport
+    from prefopt.training.reward_trainer import RewardConfig as RewardConfig
+    from prefopt.training.reward_trainer import RewardTrainer as RewardTrainer
     from prefopt.types import Candidate as Candidate
     from prefopt.types import Comparison as Comparison
     from prefopt.types import JudgedComparison as JudgedComparison
@@ -92,6 +100,7 @@ _HOMES = {
     "push_adapter": "models",
     "build_preferences": "preferences",
     "pair_candidates": "preferences",
+    "best_of_n": "sampling.best_of_n",
     "SamplingSettings": "sampling.candidates",
     "sample_candidates": "sampling.candidates",
     "HealthWatch": "training.callbacks",
@@ -100,6 +109,13 @@ _HOMES = {
     "SampledAnswers": "training.callbacks",
     "DPOConfig": "training.dpo_trainer",
     "DPOTrainer": "training.dpo_trainer",
+    "RewardSettings": "training.reward",
+    "evaluate_reward_model": "training.reward",
+    "train_reward": "training.reward",
+    "RewardModel": "training.reward_model",
+    "RewardReport": "training.reward_report",
+    "RewardConfig": "training.reward_trainer",
+    "RewardTrainer": "training.reward_trainer",
     "DPOSettings": "training.dpo",
     "train_dpo": "training.dpo",
     "Candidate": "types",

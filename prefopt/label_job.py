@@ -42,7 +42,8 @@ class LabelConfig:
         candidates: JSONL file that `prefopt sample` wrote.
         out: the job's folder; the same folder continues the same job.
         judge: "rules:house_style", "anthropic:<model>", "local:<model>",
-            "openai:<model>@<base_url>", "likelihood:<model>", "scripted:shortest", "scripted:longest".
+            "openai:<model>@<base_url>", "likelihood:<model>", "reward:<folder>",
+            "scripted:shortest", "scripted:longest".
         second_judge: another judge. With plan "adaptive" it sees only what the first leaves open (give
             the cheaper one first); otherwise both see everything.
         rubric: what better means: "house_style", "helpful", or a text file.

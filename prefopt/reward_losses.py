@@ -9,7 +9,6 @@ N is pairs; w is the chosen answer, l the rejected one, s the logistic function.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,7 +32,6 @@ __all__ = [
     "bradley_terry_loss",
     "centering_penalty",
     "davidson_reward_loss",
-    "p_preferred",
     "rao_kupper_reward_loss",
     "reward_pair_loss",
 ]
@@ -190,11 +188,3 @@ def centering_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
     if chosen.shape != rejected.shape:
         raise ValueError(f"shapes must agree, got {tuple(chosen.shape)}, {tuple(rejected.shape)}.")
     return torch.square(chosen + rejected)
-
-
-def p_preferred(difference: float) -> float:
-    """s(r_a - r_b): the probability that a is preferred to b, for scores as numbers."""
-    if difference >= 0:
-        return 1.0 / (1.0 + math.exp(-difference))
-    small = math.exp(difference)
-    return small / (1.0 + small)

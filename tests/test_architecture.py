@@ -20,7 +20,7 @@ TEXT_SIDE = {
     "judges.agreement", "judges.calibration", "judges.calibrate",
     "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate",
     "evaluation.eval_report", "evaluation.figure",
-    "evaluation.advice", "training.health",
+    "evaluation.advice", "evaluation.tuning_advice", "training.health", "training.reward_report", "sampling.best_of_n",
 }  # fmt: skip
 MATH_SIDE = {
     "losses", "logprobs", "lora_linear", "fused_layers", "matrix_product", "trees", "tree_attention",

@@ -1,6 +1,7 @@
 """Rows with their place, from wherever a table lies: a file, the Hub, a Dataset or a sequence.
 
-In: a path (.jsonl, .json, .parquet, .txt, or a text file with .gz after it), a Hub dataset id, a `datasets.Dataset` or a sequence.
+In: a path (.jsonl, .json, .parquet, .txt; .jsonl.gz), a Hub dataset id, a `datasets.Dataset` or a
+sequence.
 Out: `Rows`, each row with the words that find it again, plus every line that could not be read, so
 that the caller reports these together with the rows it cannot use. Knows no meaning of any column.
 """

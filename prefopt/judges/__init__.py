@@ -49,6 +49,8 @@ def load_judge(
                 Ollama); one that costs money needs `prices` and `max_usd`;
             "local:<model>"        a transformers model (Hub id, folder or "demo") that is asked;
             "likelihood:<model>"   the same, comparing how likely it finds each answer;
+            "reward:<folder>"      a reward model: `train_reward`'s folder, or a sequence
+                classification model with one label;
             "scripted:shortest" or "scripted:longest"    length only, as a baseline.
         rubric: a built-in name, a text file, or a `Rubric`. Rules and baselines do not read it.
         max_usd: the most all questions of a ledger may cost together, in US dollars; `math.inf` for a
@@ -98,6 +100,10 @@ def load_judge(
         from prefopt.judges.likelihood import LogLikelihoodJudge
 
         return LogLikelihoodJudge(argument)
+    if kind == "reward" and argument:
+        from prefopt.judges.reward_model import RewardModelJudge
+
+        return RewardModelJudge(argument)
     if spec == RuleJudge.name:
         if text != HOUSE_STYLE:
             raise ValueError(
@@ -111,6 +117,6 @@ def load_judge(
         return baselines[spec]()
     raise ValueError(
         f"unknown judge {spec!r}. Known: rules:house_style, anthropic:<model>, "
-        "openai:<model>@<base_url>, local:<model>, likelihood:<model>, scripted:shortest, "
-        "scripted:longest."
+        "openai:<model>@<base_url>, local:<model>, likelihood:<model>, reward:<folder>, "
+        "scripted:shortest, scripted:longest."
     )
