@@ -1,0 +1,937 @@
+"""Prompts and a reward -> a policy trained by PPO, on `transformers.Trainer`.
+
+    rollout batch:  prompts ──sample──▶ answers ──score──▶ rewards ──▶ advantages
+    then num_ppo_epochs x num_mini_batches optimiser steps on it, policy and value
+
+Policy, reference, value and reward are adapters of one base model where that is possible
+(`rlhf_model`). Answers to the same prompt form a tree, so its prompt is computed once; the output head
+sees answer tokens only. Every draw follows from the seed and the number of the rollout batch, so a run
+that was stopped at a checkpoint and resumed equals one that was not.
+
+Where to look: prompts `prompt_rows`, sampling `rollouts`, rewards `answer_rewards`, roles
+`rlhf_model`, mathematics `prefopt.advantages` and `prefopt.ppo_losses`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import msgspec
+import torch
+import transformers
+from torch import Tensor
+
+from prefopt.advantages import (
+    adapted_kl_coef,
+    generalised_advantages,
+    kl_k1,
+    leave_one_out_advantages,
+    moments,
+    normalised_group_advantages,
+    token_rewards,
+    whiten,
+)
+from prefopt.chat import end_token_ids
+from prefopt.errors import TrainingError
+from prefopt.logprobs import by_answer, sum_by_answer
+from prefopt.ppo_losses import clipped_policy_losses, clipped_value_losses
+from prefopt.training.answer_rewards import SampledBatch, Scores, reward_source
+from prefopt.training.callbacks import AnswerCallback, ProgressBar
+from prefopt.training.policy_setup import load_policy
+from prefopt.training.ppo_config import PPOConfig as PPOConfig
+from prefopt.training.prompt_rows import PromptRow, PromptSet, RolloutSampler
+from prefopt.training.rlhf_model import build_roles
+from prefopt.training.rollouts import RolloutEngine, RolloutSettings, TransformersEngine
+from prefopt.training.tree_model import answer_states, base_model, score_answers, tree_attention
+from prefopt.training.tree_trainer import Averages
+from prefopt.trees import AnswerTree, PaddedAnswers, TreeBatch, split_by_tokens
+
+logger = logging.getLogger(__name__)
+
+_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
+_STATE_FILE = "ppo_state.json"
+ROLLOUTS_FILE = "rollouts.jsonl"
+# How far a ratio may be from 1 before the first step: rounding, by the precision of the forward pass.
+_RATIO_TOLERANCE, _LOW_PRECISION_RATIO_TOLERANCE = 1e-4, 5e-2
+
+
+class LoggedAnswer(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="schema",
+    tag="prefopt.rollout/1",
+):
+    """One line of `rollouts.jsonl`: an answer that PPO learned from.
+
+    `step` is the optimiser step before which it was sampled, `kl` its log-ratio to the reference in
+    nats, and `score` None where the reward gave none.
+    """
+
+    step: int
+    prompt: str
+    answer: str
+    n_tokens: int
+    ended: bool
+    score: float | None
+    kl: float | None = None
+
+
+class MicroBatch(NamedTuple):
+    """Some answers of a rollout batch, as the models take them."""
+
+    batch: TreeBatch | PaddedAnswers  # on the device
+    tokens: Tensor  # (R,) their tokens' places among those of the whole rollout batch
+    answers: tuple[int, ...]
+
+
+@dataclass
+class Experience:
+    """A rollout batch with all that PPO learns from it. A is answers, R their tokens."""
+
+    prompt_ids: list[tuple[int, ...]]
+    prompt_of: list[int]  # (A,)
+    answer_ids: list[tuple[int, ...]]  # (A,)
+    lengths: Tensor  # (A,)
+    answer_of: Tensor  # (R,)
+    starts: list[int]  # (A,) place of each answer's first token
+    logps: Tensor  # (R,) of the policy that sampled
+    values: Tensor  # (R,) before the first step
+    advantages: Tensor  # (R,)
+    returns: Tensor  # (R,)
+    whole: tuple[MicroBatch, ...]  # all answers once
+    epochs: dict[int, list[tuple[MicroBatch, ...]]] = field(default_factory=dict)
+
+
+class PlannedStep(NamedTuple):
+    """What one call of `training_step` does, and the counts of the whole optimiser step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    n_tokens: float  # answer tokens of the whole step, on all processes
+    n_fed: int
+    is_first: bool
+    is_last: bool
+    policy_unchanged: bool  # no step was taken since the answers were sampled
+
+
+class PPOTrainer(transformers.Trainer):
+    """Proximal policy optimization against a reward (Schulman et al. 2017, arXiv:1707.06347).
+
+    Args:
+        model: a name, a causal language model (all of it is trained), or a `PeftModel`.
+        reward: a `RewardModel`, a function or a judge; see
+            `prefopt.training.answer_rewards.reward_source`.
+        args: a `PPOConfig`.
+        train_dataset: rows with `prompt` or `prompt_ids`.
+        ref_model: what the policy is held to; None takes the policy as it is before training.
+        value_model: where the value starts from: a `RewardModel`, or a causal language model; None
+            takes the reward model where there is one, else the policy with a head of zeros.
+        eval_dataset: prompts that are answered and scored at each evaluation.
+        processing_class: the tokenizer; None loads it where the model was given by name, and otherwise
+            prompts must be token ids.
+        peft_config: adapter to train; reference, value and, where possible, reward are then
+            adapters of the same base.
+        callbacks: as for `transformers.Trainer`.
+        optimizers: as for `transformers.Trainer`.
+        engine: what samples; None takes transformers' `generate`.
+
+    Raises:
+        ValueError: settings that exclude each other.
+        DataError: no prompt can be used.
+        TrainingError: the ratio is not 1 before the first step, a number is not finite, or no
+            answer of a rollout batch got a score.
+    """
+
+    _tag_names = ("prefopt", "ppo")
+    train_dataset: Any
+    eval_dataset: Any
+    optimizer: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: Any,
+        reward: Any,
+        args: PPOConfig,
+        train_dataset: Any,
+        ref_model: Any = None,
+        value_model: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        engine: RolloutEngine | None = None,
+    ) -> None:
+        _check(model, ref_model, peft_config, args)
+        transformers.set_seed(args.seed)
+        if isinstance(model, str):
+            if processing_class is None:
+                from prefopt.models import resolve_model_path
+
+                processing_class = transformers.AutoTokenizer.from_pretrained(
+                    resolve_model_path(model)
+                )
+            model = load_policy(model, {"dtype": "float32"})
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.roles, reward = build_roles(
+            model,
+            peft_config=peft_config,
+            ref_model=ref_model,
+            value_model=value_model,
+            reward=reward,
+            needs_value=args.needs_value,
+            seed=args.seed,
+        )
+        policy = self.roles.policy
+        self.reward = reward
+        self._score = reward_source(reward, self._tokenizer)
+        if args.learning_rate is None:
+            args.learning_rate = 5e-5 if self.roles.one_base else 3e-6
+        if args.gradient_checkpointing and self.roles.one_base:
+            policy.enable_input_require_grads()
+        stops = _stop_tokens(args, self._tokenizer, base_model(policy))
+        longest = _longest_prompt(args, base_model(policy).config.get_text_config())
+        self._longest_prompt = longest
+        train_set = self._prompt_set(train_dataset, "train")
+        if isinstance(eval_dataset, Mapping):
+            eval_set: Any = {n: self._prompt_set(d, n) for n, d in eval_dataset.items()}
+        else:
+            eval_set = None if eval_dataset is None else self._prompt_set(eval_dataset, "eval")
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=list,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs are visible to one process, which nn.DataParallel would use. Start with "
+                "accelerate launch or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "PPOTrainer does not shard models; start it without FSDP or DeepSpeed."
+            )
+        for callback in tuple(self.callback_handler.callbacks):
+            if isinstance(callback, ProgressBar):
+                callback.attach(self)
+        self.add_callback(_CheckpointsBetweenRollouts())
+        self.loss_is_scaled_for_ga = True
+        if hasattr(policy, "add_model_tags"):
+            policy.add_model_tags(list(self._tag_names))
+        for module in (self.roles.reference.model, self.roles.value, self.reward):
+            if isinstance(module, torch.nn.Module):
+                module.to(args.device)
+        self.engine = engine or TransformersEngine(
+            policy,
+            RolloutSettings(
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                stop_token_ids=stops,
+                pad_token_id=self._pad_token_id,
+                batch_size=args.generation_batch_size or 256,
+            ),
+            autocast=self.accelerator.autocast,
+        )
+        self._may_be_cut_off = bool(stops)
+        self.kl_coef = args.kl_coef
+        self.n_answers = 0
+        self._experience: Experience | None = None
+        self._averages = Averages()
+
+    def _prompt_set(self, dataset: Any, name: str) -> PromptSet:
+        return PromptSet(dataset, self._tokenizer, max_length=self._longest_prompt, name=name)
+
+    @property
+    def _pad_token_id(self) -> int:
+        return int(getattr(self._tokenizer, "pad_token_id", None) or 0)
+
+    @property
+    def _budget(self) -> int:
+        default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
+        return int(self.args.micro_batch_tokens or default)
+
+    # --- The loop's batches ----------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RolloutSampler:
+        args = self.args
+        batch = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return RolloutSampler(len(self.train_dataset), batch, args.steps_per_rollout, seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[PlannedStep], None]:
+        """One optimiser step of the rollout batch at hand; at its beginning, a new rollout batch."""
+        batches = []
+        for _ in range(num_batches):
+            with contextlib.suppress(StopIteration):
+                batches.append(next(epoch_iterator))
+        if not batches:
+            return [], None
+        used = self.state.global_step % self.args.steps_per_rollout
+        if used == 0 or self._experience is None:
+            if used:
+                logger.warning(
+                    "the checkpoint was not written at the end of a rollout batch, so answers are "
+                    "sampled anew for the %d steps that were left of it",
+                    self.args.steps_per_rollout - used,
+                )
+            rows = self.train_dataset.rows([i for batch in batches for i in batch])
+            self._experience = self._roll_out(rows)
+        plan = self._mini_batch(self._experience, used)
+        n_tokens = float(sum(m.tokens.numel() for m in plan))
+        if self.accelerator.num_processes > 1:
+            count = torch.tensor(n_tokens, dtype=torch.float64, device=device)
+            n_tokens = float(self.accelerator.reduce(count, reduction="sum"))
+        n = len(batches)
+        return [
+            PlannedStep(
+                micro_batches=plan[len(plan) * i // n : len(plan) * (i + 1) // n],
+                n_tokens=n_tokens,
+                n_fed=sum(m.batch.n_tokens for m in plan) if i == 0 else 0,
+                is_first=i == 0,
+                is_last=i == n - 1,
+                policy_unchanged=used == 0,
+            )
+            for i in range(n)
+        ], None
+
+    def _mini_batch(self, experience: Experience, step: int) -> tuple[MicroBatch, ...]:
+        """The micro-batches of one of a rollout batch's optimiser steps."""
+        parts: int = self.args.num_mini_batches
+        epoch, place = divmod(step, parts)
+        if parts == 1:
+            return experience.whole
+        if epoch not in experience.epochs:
+            experience.epochs.clear()
+            order = list(range(len(experience.answer_ids)))
+            self._draw("order", epoch).shuffle(order)
+            # Answers to a prompt stay together where there are prompts enough: they share it.
+            prompts = list(dict.fromkeys(experience.prompt_of[i] for i in order))
+            if len(prompts) >= parts:
+                rank = {prompt: i for i, prompt in enumerate(prompts)}
+                order.sort(key=lambda i: rank[experience.prompt_of[i]])
+            n = len(order)
+            experience.epochs[epoch] = [
+                self._plan(experience, sorted(order[n * i // parts : n * (i + 1) // parts]))
+                for i in range(parts)
+            ]
+        return experience.epochs[epoch][place]
+
+    def _plan(self, experience: Experience, answers: Sequence[int]) -> tuple[MicroBatch, ...]:
+        """Answers merged by prompt and distributed over micro-batches by tokens."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in answers:
+            groups.setdefault(experience.prompt_ids[experience.prompt_of[i]], []).append(i)
+        trees: list[tuple[tuple[int, ...], list[int], int]] = []  # prompt, answers, tokens
+        for prompt, members in groups.items():
+            size, part = len(prompt), list[int]()
+            for i in members:
+                n = len(experience.answer_ids[i])
+                if part and size + n > self._budget:
+                    trees.append((prompt, part, size))
+                    size, part = len(prompt), []
+                size += n
+                part.append(i)
+            trees.append((prompt, part, size))
+        device, micro_batches = self.args.device, []
+        for members in split_by_tokens([size for _, _, size in trees], self._budget):
+            picked = [i for t in members for i in trees[t][1]]
+            batch = self.roles.scoring.batch(
+                [
+                    AnswerTree(trees[t][0], tuple(experience.answer_ids[i] for i in trees[t][1]))
+                    for t in members
+                ],
+                self._pad_token_id,
+            )
+            starts = torch.tensor([experience.starts[i] for i in picked])
+            before = batch.lengths.cumsum(0) - batch.lengths
+            tokens = torch.arange(batch.targets.numel()) + (starts - before)[batch.answer_of]
+            micro_batches.append(MicroBatch(batch.to(device), tokens.to(device), tuple(picked)))
+        return tuple(micro_batches)
+
+    def _draw(self, what: str, *more: int) -> random.Random:
+        """A generator that depends on the seed, the rollout batch, and what it is for."""
+        rollout = self.state.global_step // self.args.steps_per_rollout
+        process = self.accelerator.process_index
+        return random.Random(f"{self.args.seed}/{what}/{rollout}/{process}/{more}")
+
+    # --- Rollouts --------------------------------------------------------------------------------
+
+    def _roll_out(self, rows: Sequence[PromptRow]) -> Experience:
+        """Sample, score, and work out what each token's advantage is."""
+        started = time.perf_counter()
+        args, device = self.args, self.args.device
+        sampled = self._sample(rows, args.num_generations, self._draw("sampling").getrandbits(63))
+        after_sampling = time.perf_counter()
+        scores = self._score(sampled)
+        kept = [i for i, score in enumerate(scores) if score is not None]
+        self._tell_failures(len(kept), len(scores))
+        experience = _empty_experience(sampled, kept, device)
+        experience.whole = self._plan(experience, range(len(kept)))
+        reference, entropy = self._score_experience(experience)
+        score = torch.tensor([float(scores[i] or 0.0) for i in kept], device=device)
+        ended = torch.tensor([sampled.ended[i] for i in kept], device=device)
+        lengths, answer_of = experience.lengths, experience.answer_of
+        kl = sum_by_answer(kl_k1(experience.logps, reference), answer_of, len(kept))
+        self._check_rollout(experience, score, kl)
+        self._log_answers(sampled, scores, kept, kl)
+
+        given = score
+        if args.score_clip is not None:
+            given = given.clamp(-args.score_clip, args.score_clip)
+        if args.missing_eos_penalty is not None and self._may_be_cut_off:
+            given = given - args.missing_eos_penalty * (~ended).float()
+        penalties = self.kl_coef * self.kl_penalties(experience.logps, reference)
+        rewards = token_rewards(penalties, given, lengths)
+        self._set_advantages(experience, rewards)
+
+        ones = torch.ones_like(score)
+        add = functools.partial(self._averages.add, weights=ones)
+        add("objective/scores", score)
+        add("objective/kl", kl)
+        add("objective/non_score_reward", -sum_by_answer(penalties, answer_of, len(kept)))
+        add("objective/rlhf_reward", sum_by_answer(rewards, answer_of, len(kept)))
+        add("rollout/length", lengths.double())
+        add("rollout/ended", ended.double())
+        add("kl_coef", ones * self.kl_coef)
+        spread = score.double().std(correction=0) if len(kept) > 1 else ones.new_zeros(())
+        add("objective/score_std", ones * spread)
+        self._averages.add("objective/entropy", entropy, torch.ones_like(entropy))
+        asked = torch.tensor(float(len(scores)), device=device)
+        self._averages.add("rollout/failed", 1 - len(kept) / asked[None], asked[None])
+        if args.needs_value:
+            self._add_explained_variance(experience)
+        self._adapt_kl(kl, len(scores))
+        one = torch.ones(1, device=device)
+        self._averages.add("time/sampling", one * (after_sampling - started), one)
+        self._averages.add("time/rollout", one * (time.perf_counter() - started), one)
+        return experience
+
+    def _sample(self, rows: Sequence[PromptRow], k: int, seed: int) -> SampledBatch:
+        answers = self.engine.sample([row.ids for row in rows], k, seed)
+        flat = [(i, answer) for i, group in enumerate(answers) for answer in group]
+        return SampledBatch(
+            prompts=[row.prompt for row in rows],
+            prompt_ids=[row.ids for row in rows],
+            rows=[row.row for row in rows],
+            prompt_of=[i for i, _ in flat],
+            answer_ids=[answer.ids for _, answer in flat],
+            ended=[answer.ended for _, answer in flat],
+            tokenizer=self._tokenizer,
+        )
+
+    def _tell_failures(self, n_scored: int, n: int) -> None:
+        if n_scored == 0:
+            raise TrainingError(
+                f"none of {n} answers sampled before step {self.state.global_step + 1} got a score, "
+                "so there is nothing to learn from. See why the reward returned None for all of them."
+            )
+        if n_scored < n:
+            logger.warning(
+                "%d of %d answers before step %d got no score and are left out",
+                n - n_scored, n, self.state.global_step + 1,
+            )  # fmt: skip
+
+    def _score_experience(self, experience: Experience) -> tuple[Tensor, Tensor]:
+        """Fill in log-probabilities and values; returns the reference's and the entropies (R,)."""
+        reference, entropy = torch.empty_like(experience.logps), torch.empty_like(experience.logps)
+        roles, temperature = self.roles, self.args.temperature
+        autocast = self.accelerator.autocast
+        with torch.no_grad(), autocast(), tree_attention(roles.policy, roles.scoring):
+            for batch, tokens, _ in experience.whole:
+                found = score_answers(roles.policy, batch, roles.scoring, temperature=temperature)
+                experience.logps[tokens] = found.tokens.logprobs
+                entropy[tokens] = found.tokens.entropy
+        with (
+            roles.as_reference() as model,
+            autocast(),
+            tree_attention(model, roles.reference_scoring),
+        ):
+            for batch, tokens, _ in experience.whole:
+                found = score_answers(
+                    model, batch, roles.reference_scoring, statistics=False, temperature=temperature
+                )
+                reference[tokens] = found.tokens.logprobs
+        if roles.value is not None:
+            with (
+                torch.no_grad(),
+                roles.as_value() as value,
+                autocast(),
+                tree_attention(value.model, value.scoring),
+            ):
+                for batch, tokens, _ in experience.whole:
+                    experience.values[tokens] = answer_states(
+                        value, batch, value.scoring, batch.predictor
+                    )
+        return reference, entropy
+
+    def kl_penalties(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """What each token costs per unit of `kl_coef` (R,): k1, see `PPOConfig`.
+
+        A subclass may return something else, to see what that does.
+        """
+        return kl_k1(logps, ref_logps)
+
+    def _set_advantages(self, experience: Experience, rewards: Tensor) -> None:
+        args, lengths, answer_of = self.args, experience.lengths, experience.answer_of
+        if args.needs_value:
+            if args.whiten_rewards:
+                rewards = whiten(rewards, self._moments(rewards), shift_mean=False)
+            rows = generalised_advantages(
+                by_answer(rewards, answer_of, lengths),
+                by_answer(experience.values, answer_of, lengths),
+                lengths,
+                gamma=args.gamma,
+                lam=args.lam,
+            )
+            place = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
+            advantages = rows[place]
+            experience.returns = advantages + experience.values
+        else:
+            ids: dict[tuple[int, ...], int] = {}
+            group = [
+                ids.setdefault(experience.prompt_ids[i], len(ids)) for i in experience.prompt_of
+            ]
+            groups = torch.tensor(group, device=rewards.device)
+            whole = sum_by_answer(rewards, answer_of, lengths.numel())
+            rloo = args.advantage_estimator == "rloo"
+            estimate = leave_one_out_advantages if rloo else normalised_group_advantages
+            advantages = estimate(whole, groups)[answer_of]
+        if args.whitens_advantages:
+            advantages = whiten(advantages, self._moments(advantages))
+        experience.advantages = advantages
+
+    def _moments(self, values: Tensor) -> Tensor:
+        """Of the values on all processes."""
+        found = moments(values)
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(found, reduction="sum")
+        return found
+
+    def _add_explained_variance(self, experience: Experience) -> None:
+        spread = experience.returns.var(correction=0)
+        left = (experience.returns - experience.values).var(correction=0)
+        n = experience.returns.new_full((1,), float(experience.returns.numel()))
+        # One minus a ratio of sums is not a mean of ratios; weighed by the spread it is.
+        weight = n * spread.clamp(min=1e-12)
+        self._averages.add(
+            "value/explained_variance", (1 - left / spread.clamp(min=1e-12))[None], weight
+        )
+        self._averages.add("value/mean", experience.values, torch.ones_like(experience.values))
+
+    def _adapt_kl(self, kl: Tensor, n_sampled: int) -> None:
+        total = torch.stack((kl.double().sum(), kl.new_tensor(float(kl.numel())).double()))
+        count = torch.tensor(float(n_sampled), dtype=torch.float64, device=kl.device)
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+            count = self.accelerator.reduce(count, reduction="sum")
+        self.n_answers += int(count)
+        if self.args.kl_target is not None:
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                float(total[0] / total[1]),
+                target=self.args.kl_target,
+                horizon=self.args.kl_horizon,
+                n_answers=int(total[1]),
+            )
+
+    def _check_rollout(self, experience: Experience, score: Tensor, kl: Tensor) -> None:
+        bad = ~(score.isfinite() & kl.isfinite())
+        values = sum_by_answer(experience.values, experience.answer_of, score.numel())
+        bad |= ~values.isfinite()
+        if bool(bad.any()):
+            self._stop_at(experience, bad, {"score": score, "KL": kl, "sum of values": values})
+
+    def _stop_at(self, experience: Experience, bad: Tensor, numbers: dict[str, Tensor]) -> None:
+        lines = []
+        for i in bad.nonzero()[:5, 0].tolist():
+            said = ", ".join(f"{name} {float(x[i]):g}" for name, x in numbers.items())
+            prompt = self._shown(experience.prompt_ids[experience.prompt_of[i]])[-80:]
+            answer = self._shown(experience.answer_ids[i])[:200]
+            lines.append(f"\n  - prompt {prompt!r}, answer {answer!r}: {said}")
+        raise TrainingError(
+            f"a number is not finite at step {self.state.global_step + 1}; the weights are as they "
+            f"were after step {self.state.global_step}. Lower the learning rate, or train in float32. "
+            f"It is in:{''.join(lines)}"
+        )
+
+    def _shown(self, ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return " ".join(map(str, ids))
+        text: str = self._tokenizer.decode(list(ids))
+        return text
+
+    def _log_answers(
+        self, sampled: SampledBatch, scores: Scores, kept: Sequence[int], kl: Tensor
+    ) -> None:
+        n = min(self.args.num_logged_answers, len(scores))
+        if not n or not self.args.should_save:
+            return
+        nats = dict(zip(kept, kl.tolist(), strict=True))
+        lines = [
+            LoggedAnswer(
+                step=self.state.global_step,
+                prompt=self._shown(sampled.prompt_ids[sampled.prompt_of[i]]),
+                answer=self._shown(sampled.answer_ids[i]),
+                n_tokens=len(sampled.answer_ids[i]),
+                ended=sampled.ended[i],
+                score=scores[i],
+                kl=nats.get(i),
+            )
+            for i in sorted(self._draw("logged").sample(range(len(scores)), n))
+        ]
+        path = Path(self.args.output_dir) / ROLLOUTS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+
+    # --- Steps -----------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: Any, inputs: PlannedStep, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of some micro-batches: all of the policy's, then all of the value's."""
+        model.train()
+        if self.roles.value is not None:
+            self.roles.value.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        if inputs.is_first:
+            self.roles.zero_grad()
+        total = torch.zeros((), device=self.args.device)
+        if inputs.micro_batches:
+            total += self._policy_passes(inputs)
+            if self.roles.value is not None:
+                total += self._value_passes(inputs)
+        if inputs.is_last and self.accelerator.num_processes > 1:
+            self._sum_gradients()
+        return total * self.accelerator.num_processes
+
+    def _policy_passes(self, step: PlannedStep) -> Tensor:
+        roles, experience = self.roles, self._held()
+        found = []
+        with tree_attention(roles.policy, roles.scoring):
+            for batch, tokens, answers in step.micro_batches:
+                with self.accelerator.autocast():
+                    scores = score_answers(
+                        roles.policy,
+                        batch,
+                        roles.scoring,
+                        statistics=False,
+                        temperature=self.args.temperature,
+                    )
+                losses = clipped_policy_losses(
+                    scores.tokens.logprobs,
+                    experience.logps[tokens],
+                    experience.advantages[tokens],
+                    clip=self.args.cliprange,
+                )
+                loss = losses.losses.sum() / step.n_tokens
+                self._check_finite(loss, losses.losses, batch, answers)
+                self.accelerator.backward(loss)
+                found.append(
+                    (losses.losses.detach(), losses.ratio, losses.clipped, losses.approx_kl)
+                )
+        loss, ratio, clipped, approx_kl = (torch.cat(part) for part in zip(*found, strict=True))
+        if step.policy_unchanged:
+            self._check_ratio(ratio)
+        ones = torch.ones_like(ratio)
+        self._averages.add("loss/policy", loss, ones)
+        self._averages.add("policy/ratio", ratio, ones)
+        self._averages.add("policy/clipfrac", clipped.double(), ones)
+        self._averages.add("policy/approxkl", approx_kl, ones)
+        return loss.sum() / step.n_tokens
+
+    def _value_passes(self, step: PlannedStep) -> Tensor:
+        experience, found = self._held(), []
+        with self.roles.as_value() as value, tree_attention(value.model, value.scoring):
+            for batch, tokens, answers in step.micro_batches:
+                with self.accelerator.autocast():
+                    values = answer_states(value, batch, value.scoring, batch.predictor)
+                losses = clipped_value_losses(
+                    values,
+                    experience.values[tokens],
+                    experience.returns[tokens],
+                    clip=self.args.cliprange_value,
+                )
+                loss = losses.losses.sum() / step.n_tokens
+                self._check_finite(loss, losses.losses, batch, answers)
+                self.accelerator.backward(loss)
+                found.append((losses.losses.detach(), losses.clipped))
+        loss, clipped = (torch.cat(part) for part in zip(*found, strict=True))
+        ones = torch.ones_like(loss)
+        self._averages.add("loss/value", loss, ones)
+        self._averages.add("value/clipfrac", clipped.double(), ones)
+        return loss.sum() / step.n_tokens
+
+    def _held(self) -> Experience:
+        if self._experience is None:
+            raise TrainingError("there is no rollout batch to learn from.")
+        return self._experience
+
+    def _check_finite(
+        self, loss: Tensor, losses: Tensor, batch: Any, answers: Sequence[int]
+    ) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        experience = self._held()
+        of_answer = sum_by_answer(losses.detach(), batch.answer_of, batch.n_answers)
+        sums = torch.zeros(len(experience.answer_ids), device=losses.device)
+        sums[torch.tensor(answers, device=losses.device)] = of_answer
+        self._stop_at(experience, ~sums.isfinite(), {"loss": sums})
+
+    def _check_ratio(self, ratio: Tensor) -> None:
+        """Before a step was taken on a rollout batch, the policy is the one that sampled."""
+        low = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype.itemsize < 4
+        allowed = _LOW_PRECISION_RATIO_TOLERANCE if low else _RATIO_TOLERANCE
+        off = float((ratio - 1.0).abs().max())
+        if off > allowed:
+            raise TrainingError(
+                f"before the first step on a rollout batch the ratio of new to old probabilities is "
+                f"off 1 by up to {off:.3g}, so the policy that trains is not the one whose "
+                "probabilities were taken. Usual causes: dropout that is on, layers that behave "
+                "differently in training, or another adapter that was made active by a callback."
+            )
+
+    def _sum_gradients(self) -> None:
+        """Add the gradients of all processes: each has its share of the step's mean."""
+        parameters = [*self.roles.policy_parameters(), *self.roles.value_parameters()]
+        flat = torch.cat(
+            [
+                (torch.zeros_like(p) if p.grad is None else p.grad).flatten().float()
+                for p in parameters
+            ]
+        )
+        flat = self.accelerator.reduce(flat, reduction="sum")
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p).to(p.dtype)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Policy and value in groups of their own, each with its learning rate."""
+        if self.optimizer is None:
+            args = self.args
+            kind, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+            groups = [
+                {"params": self.roles.policy_parameters(), "lr": args.learning_rate},
+                {
+                    "params": self.roles.value_parameters(),
+                    "lr": args.value_learning_rate or args.learning_rate,
+                },
+            ]
+            decay = {"weight_decay": args.weight_decay}
+            self.optimizer = kind([g | decay for g in groups if g["params"]], **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clip policy and value each by itself; returns the policy's norm before."""
+        args, value = self.args, self.roles.value_parameters()
+        if value:
+            most = args.value_max_grad_norm or args.max_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(value, most)
+            self._averages.add("value/grad_norm", norm[None], torch.ones_like(norm)[None])
+        found: Tensor = torch.nn.utils.clip_grad_norm_(
+            self.roles.policy_parameters(), args.max_grad_norm
+        )
+        return found
+
+    # --- Logs and evaluation ---------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last call to what the loop logs."""
+        if "loss" in logs:
+            logs.update(self._averages.read(self.accelerator))
+            logs["episodes"] = float(self.n_answers)
+            logs["num_tokens"] = float(self.state.num_input_tokens_seen)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AnswerCallback):  # what it measures must be there in time
+                callback.before_log(self, logs)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer and score held-out prompts, one answer each; the same seed at every step."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None:
+            raise ValueError("there is no eval_dataset.")
+        if isinstance(given, datasets.Dataset):
+            given = self._prompt_set(given, "eval")
+        if isinstance(given, Mapping):
+            found: dict[str, float] = {}
+            for name, part in given.items():
+                found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        started = time.perf_counter()
+        share = range(self.accelerator.process_index, len(given), self.accelerator.num_processes)
+        averages = Averages()
+        if len(share):
+            self._evaluate_rows(given.rows(list(share)), averages)
+        metrics = {
+            f"{metric_key_prefix}_{n}": v for n, v in averages.read(self.accelerator).items()
+        }
+        seconds = time.perf_counter() - started
+        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 4)
+        metrics[f"{metric_key_prefix}_samples_per_second"] = round(len(given) / seconds, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _evaluate_rows(self, rows: Sequence[PromptRow], averages: Averages) -> None:
+        device = self.args.device
+        sampled = self._sample(rows, 1, self.args.seed + 1)
+        scores = self._score(sampled)
+        kept = [i for i, score in enumerate(scores) if score is not None]
+        asked = torch.tensor([float(len(scores))], device=device)
+        averages.add("failed", 1 - len(kept) / asked, asked)
+        if not kept:
+            return
+        experience = _empty_experience(sampled, kept, device)
+        experience.whole = self._plan(experience, range(len(kept)))
+        reference, _ = self._score_experience(experience)
+        kl = sum_by_answer(experience.logps - reference, experience.answer_of, len(kept))
+        score = torch.tensor([float(scores[i] or 0.0) for i in kept], device=device)
+        ones = torch.ones_like(score)
+        averages.add("scores", score, ones)
+        averages.add("kl", kl, ones)
+        averages.add("length", experience.lengths.double(), ones)
+        ended = torch.tensor([sampled.ended[i] for i in kept], device=device).double()
+        averages.add("ended", ended, ones)
+
+    # --- Checkpoints -----------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.roles.save(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+        state = {"kl_coef": self.kl_coef, "n_answers": self.n_answers}
+        (folder / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.roles.load(folder)
+        try:
+            state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+            self.kl_coef, self.n_answers = float(state["kl_coef"]), int(state["n_answers"])
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainingError(
+                f"{folder} is no checkpoint of PPOTrainer: {_STATE_FILE} cannot be read ({error})."
+            ) from error
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _track_num_input_tokens(self, inputs: PlannedStep) -> None:
+        self.state.num_input_tokens_seen += inputs.n_fed
+
+    def floating_point_ops(self, inputs: PlannedStep) -> int:
+        """Six a parameter and token fed, for the policy."""
+        fed = sum(m.batch.n_tokens for m in inputs.micro_batches)
+        return 6 * fed * self._n_parameters
+
+    @functools.cached_property
+    def _n_parameters(self) -> int:
+        return int(base_model(self.model).num_parameters(exclude_embeddings=True))
+
+
+class _CheckpointsBetweenRollouts(transformers.TrainerCallback):
+    """Puts off a checkpoint until the rollout batch is used up: no checkpoint holds answers."""
+
+    def __init__(self) -> None:
+        self._wanted = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % args.steps_per_rollout:
+            self._wanted |= control.should_save
+            control.should_save = False
+        else:
+            control.should_save |= self._wanted
+            self._wanted = False
+
+
+def _empty_experience(sampled: SampledBatch, kept: Sequence[int], device: Any) -> Experience:
+    lengths = [len(sampled.answer_ids[i]) for i in kept]
+    starts = [0]
+    for n in lengths:
+        starts.append(starts[-1] + n)
+    counts = torch.tensor(lengths)
+    zeros = functools.partial(torch.zeros, starts[-1], device=device)
+    return Experience(
+        prompt_ids=list(sampled.prompt_ids),
+        prompt_of=[sampled.prompt_of[i] for i in kept],
+        answer_ids=[sampled.answer_ids[i] for i in kept],
+        lengths=counts.to(device),
+        answer_of=torch.repeat_interleave(torch.arange(len(kept)), counts).to(device),
+        starts=starts[:-1],
+        logps=zeros(),
+        values=zeros(),
+        advantages=zeros(),
+        returns=zeros(),
+        whole=(),
+    )
+
+
+def _check(model: Any, ref_model: Any, peft_config: Any, args: Any) -> None:
+    if not isinstance(args, PPOConfig):
+        raise TypeError(f"args must be a PPOConfig, got {type(args).__name__}.")
+    problems = []
+    if ref_model is not None and ref_model is model:
+        problems.append("model and ref_model must not be the same object; leave ref_model out")
+    if peft_config is not None and hasattr(model, "peft_config"):
+        problems.append(
+            "peft_config was given with a model that has an adapter already; merge that adapter "
+            "first, or leave peft_config out to train it further"
+        )
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+    # Every process reads its own row numbers: they are no tensors to send around.
+    args.accelerator_config.dispatch_batches = False
+    if args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False
+
+
+def _stop_tokens(args: PPOConfig, tokenizer: Any, model: Any) -> tuple[int, ...]:
+    if args.stop_token_ids is not None:
+        return tuple(args.stop_token_ids)
+    if tokenizer is not None:
+        return tuple(sorted(end_token_ids(tokenizer, model.generation_config)))
+    own = getattr(model.generation_config, "eos_token_id", None)
+    if own is None:
+        raise ValueError(
+            "without a tokenizer it is not known which tokens end an answer. Give stop_token_ids; [] "
+            "for answers of max_new_tokens each."
+        )
+    return tuple(own) if isinstance(own, list | tuple) else (int(own),)
+
+
+def _longest_prompt(args: PPOConfig, config: Any) -> int | None:
+    room = getattr(config, "max_position_embeddings", None)
+    most = None if room is None else room - args.max_new_tokens
+    if most is not None and most < 1:
+        raise ValueError(
+            f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt in a context of {room}."
+        )
+    known = [n for n in (most, args.max_prompt_length) if n is not None]
+    return min(known, default=None)
