@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from prefopt.training.reward_report import RewardReport as RewardReport
     from prefopt.training.reward_trainer import RewardConfig as RewardConfig
     from prefopt.training.reward_trainer import RewardTrainer as RewardTrainer
+    from prefopt.training.ppo_trainer import PPOConfig as PPOConfig
+    from prefopt.training.ppo_trainer import PPOTrainer as PPOTrainer
     from prefopt.types import Candidate as Candidate
     from prefopt.types import Comparison as Comparison
     from prefopt.types import JudgedComparison as JudgedComparison
@@ -118,6 +120,8 @@ _HOMES = {
     "RewardTrainer": "training.reward_trainer",
     "DPOSettings": "training.dpo",
     "train_dpo": "training.dpo",
+    "PPOConfig": "training.ppo_trainer",
+    "PPOTrainer": "training.ppo_trainer",
     "Candidate": "types",
     "Comparison": "types",
     "JudgedComparison": "types",
