@@ -201,14 +201,14 @@ class World:
         start = self.value(self.ref_logps, beta).objective
         return (best - self.value(logps, beta).objective) / (best - start)
 
-    def best_at_kl(self, kl: float, rewards: Tensor | None = None) -> float:
-        """The most true reward that an ideal policy for `rewards` has at this KL."""
+    def optimum_at_kl(self, kl: float, rewards: Tensor | None = None) -> Tensor:
+        """Log-probabilities (P, S) of the optimum for `rewards` whose KL to the reference is this."""
         low, high = 1e-3, 1e3
-        for _ in range(60):
+        for _ in range(40):
             beta = math.sqrt(low * high)
-            found = self.value(self.optimum(beta, rewards))
-            low, high = (beta, high) if found.kl > kl else (low, beta)
-        return found.reward
+            logps = self.optimum(beta, rewards)
+            low, high = (beta, high) if self.value(logps).kl > kl else (low, beta)
+        return logps
 
     def best_of(self, n: int, scores: Tensor | None = None) -> Tensor:
         """Log-probabilities (P, S) of the best of n samples of the reference by `scores`."""
