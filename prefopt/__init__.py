@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefopt.data.dataset_card import dataset_card as dataset_card
+    from prefopt.data.demonstrations import Demonstration as Demonstration
+    from prefopt.data.demonstrations import demonstrations as demonstrations
+    from prefopt.data.demonstrations import load_demonstrations as load_demonstrations
     from prefopt.data.preference_data import load_preferences as load_preferences
     from prefopt.data.preference_data import preference_rows as preference_rows
     from prefopt.data.preference_data import push_preferences as push_preferences
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
     from prefopt.training.dpo import train_dpo as train_dpo
     from prefopt.training.dpo_trainer import DPOConfig as DPOConfig
     from prefopt.training.dpo_trainer import DPOTrainer as DPOTrainer
+    from prefopt.training.ppo_trainer import PPOConfig as PPOConfig
+    from prefopt.training.ppo_trainer import PPOTrainer as PPOTrainer
     from prefopt.training.reward import RewardSettings as RewardSettings
     from prefopt.training.reward import evaluate_reward_model as evaluate_reward_model
     from prefopt.training.reward import train_reward as train_reward
@@ -62,8 +67,8 @@ if TYPE_CHECKING:
     from prefopt.training.reward_report import RewardReport as RewardReport
     from prefopt.training.reward_trainer import RewardConfig as RewardConfig
     from prefopt.training.reward_trainer import RewardTrainer as RewardTrainer
-    from prefopt.training.ppo_trainer import PPOConfig as PPOConfig
-    from prefopt.training.ppo_trainer import PPOTrainer as PPOTrainer
+    from prefopt.training.sft import SFTSettings as SFTSettings
+    from prefopt.training.sft import train_sft as train_sft
     from prefopt.types import Candidate as Candidate
     from prefopt.types import Comparison as Comparison
     from prefopt.types import JudgedComparison as JudgedComparison
@@ -74,6 +79,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "dataset_card": "data.dataset_card",
+    "Demonstration": "data.demonstrations",
+    "demonstrations": "data.demonstrations",
+    "load_demonstrations": "data.demonstrations",
     "load_preferences": "data.preference_data",
     "preference_rows": "data.preference_data",
     "push_preferences": "data.preference_data",
@@ -122,6 +130,8 @@ _HOMES = {
     "train_dpo": "training.dpo",
     "PPOConfig": "training.ppo_trainer",
     "PPOTrainer": "training.ppo_trainer",
+    "SFTSettings": "training.sft",
+    "train_sft": "training.sft",
     "Candidate": "types",
     "Comparison": "types",
     "JudgedComparison": "types",
