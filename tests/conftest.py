@@ -13,7 +13,7 @@ import pytest
 from tests.tiny_models import save_tiny_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def light_collections():
     """What is in memory now is no longer looked through by every garbage collection.
 

@@ -24,6 +24,7 @@ import datasets
 import torch
 import transformers
 import trl
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from prefopt.errors import TrainingError
@@ -523,6 +524,50 @@ class DPOTrainer(TreeTrainer):
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits
         return loss, logits, batch.input_ids
+
+    # --- Saving ----------------------------------------------------------------------------------
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write README.md into the output folder, with TRL's arguments.
+
+        Args:
+            model_name: its title; None takes the folder's name.
+            dataset_name: on the Hub, of what was trained on.
+            tags: beside "prefopt" and "dpo".
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        base = getattr(self.model.config, "_name_or_path", "") or ""
+        given = [tags] if isinstance(tags, str) else list(tags or ())
+        data = ModelCardData(
+            base_model=base if base and not Path(base).is_dir() else None,
+            datasets=dataset_name,
+            library_name="peft" if hasattr(self.model, "peft_config") else "transformers",
+            pipeline_tag="text-generation",
+            tags=list(dict.fromkeys([*self._tag_names, *given])),
+        )
+        losses, beta = ", ".join(self.args.loss_type), self.args.beta
+        card = f"""---
+{data.to_yaml()}
+---
+# {model_name or folder.name}
+
+{base or "A model"}, trained with DPO ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))
+by [prefopt](https://pypi.org/project/prefopt/): loss {losses}, beta {beta:g}.
+"""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = self.args.hub_model_id or Path(self.args.output_dir).name
+        self.create_model_card(model_name=name.split("/")[-1])
+        super()._save_checkpoint(model, trial)
 
 
 class _Answers:

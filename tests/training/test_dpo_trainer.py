@@ -6,11 +6,13 @@ import logging
 import math
 import random
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
 import trl
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import (
     EarlyStoppingCallback,
@@ -35,8 +37,6 @@ from tests.training.dpo_cases import (
     trained,
     weights,
 )
-
-pytestmark = pytest.mark.usefixtures("light_collections")
 
 ROWS = pair_rows()
 SHAPE = (
@@ -597,6 +597,31 @@ def test_a_moving_reference_moves(tmp_path):
     # With the reference set to the policy after every step, every step begins at margin 0.
     margins = [line["rewards/margins"] for line in trainer.state.log_history if "loss" in line]
     assert margins == pytest.approx([0.0] * 6, abs=1e-5)
+
+
+@pytest.mark.parametrize(("peft_config", "library"), [(LORA, "peft"), (None, "transformers")])
+def test_the_pushed_folder_has_a_card_that_names_the_data(
+    peft_config, library, tmp_path, monkeypatch
+):
+    """With the arguments that TRL's scripts push with, and the Hub replaced."""
+    hub = Mock()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    trainer = make_trainer(
+        tmp_path, ROWS, peft_config=peft_config, hub_model_id="me/tuned", max_steps=1,
+        save_strategy="steps", save_steps=1, loss_type=["sigmoid", "sft"],
+    )  # fmt: skip
+    trainer.hub_model_id = "me/tuned"
+    trainer.train()
+    card = ModelCard.load(tmp_path / "README.md")  # it comes with the checkpoint
+    assert card.data.tags == ["prefopt", "dpo"]
+    trainer.push_to_hub(dataset_name="me/pairs", tags="colours")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == "me/pairs"
+    assert card.data.tags == ["prefopt", "dpo", "colours"]
+    assert card.data.library_name == library
+    assert "# tuned\n" in card.text
+    assert "loss sigmoid, sft, beta 0.1" in card.text
+    assert hub.upload_folder.call_args.kwargs["folder_path"] == str(tmp_path)
 
 
 def test_a_script_reads_the_settings_from_its_arguments_as_trl_does():
