@@ -118,6 +118,22 @@ def tokenize_answer(
     )
 
 
+def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenizedAnswer:
+    """Tokenize plain text outside any conversation, all of it to be learned but its first token.
+
+    `prompt_ids` is that token, since nothing is before it that would predict it: BOS where the
+    tokenizer puts one in front of texts. No end token is added: a text is an excerpt.
+
+    Raises:
+        DataError: the text has no token that could be predicted.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = _with_bos(tokenizer, ids)
+    if len(ids) < 2:
+        raise DataError(f"the text {text!r:.40} has no token that could be predicted.")
+    return TokenizedAnswer(prompt_ids=(ids[0],), answer_ids=tuple(ids[1:]), boundary_merged=False)
+
+
 def tokenize_candidate(tokenizer: PreTrainedTokenizerBase, candidate: Candidate) -> TokenizedAnswer:
     """`tokenize_answer` for a candidate; one that ended for an unknown reason counts as complete.
 
@@ -179,6 +195,16 @@ def end_token_ids(
     if not ends:
         raise ModelError(_NO_END)
     return ends
+
+
+def ids_after_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a chat template writes after an answer's end token, such as ChatML's line break."""
+    if not _has_template(tokenizer):
+        return []
+    ending = _encode(tokenizer, _ending_text(tokenizer, Prompt.from_text("Hello")))
+    ends = _end_tokens(tokenizer, ending)
+    stop = next((i for i, token in enumerate(ending, start=1) if token in ends), len(ending))
+    return ending[stop:]
 
 
 _NO_END = (
@@ -254,13 +280,19 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     tokenizer would add, which is asked for with an empty text so that no EOS comes along.
     """
     ids: list[int] = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not _has_template(tokenizer):
+        ids = _with_bos(tokenizer, ids)
     bos = tokenizer.bos_token_id
-    if not _has_template(tokenizer) and bos is not None:
-        added = tokenizer("", add_special_tokens=True)["input_ids"]
-        ids = [bos, *ids] if added[:1] == [bos] else ids
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
     return ids
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """The ids with the BOS that the tokenizer would put in front of them, if it would."""
+    bos = tokenizer.bos_token_id
+    added = tokenizer("", add_special_tokens=True)["input_ids"]
+    return [bos, *ids] if bos is not None and added[:1] == [bos] else ids
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase, ending: Sequence[int]) -> set[int]:
