@@ -44,7 +44,11 @@ from prefopt.advantages import (
 from prefopt.chat import end_token_ids
 from prefopt.errors import TrainingError
 from prefopt.logprobs import by_answer, sum_by_answer
-from prefopt.ppo_losses import clipped_policy_losses, clipped_value_losses
+from prefopt.ppo_losses import (
+    clipped_policy_losses,
+    clipped_value_losses,
+    explained_variance,
+)
 from prefopt.training.answer_rewards import SampledBatch, Scores, reward_source
 from prefopt.training.callbacks import AnswerCallback, ProgressBar
 from prefopt.training.policy_setup import load_policy
@@ -527,14 +531,11 @@ class PPOTrainer(transformers.Trainer):
         return found
 
     def _add_explained_variance(self, experience: Experience) -> None:
-        spread = experience.returns.var(correction=0)
-        left = (experience.returns - experience.values).var(correction=0)
-        n = experience.returns.new_full((1,), float(experience.returns.numel()))
-        # One minus a ratio of sums is not a mean of ratios; weighed by the spread it is.
-        weight = n * spread.clamp(min=1e-12)
-        self._averages.add(
-            "value/explained_variance", (1 - left / spread.clamp(min=1e-12))[None], weight
-        )
+        found = explained_variance(experience.values, experience.returns)[None]
+        n = torch.full_like(found, float(experience.values.numel()))
+        # Where all returns are the same there is nothing to explain.
+        known = found.isfinite()
+        self._averages.add("value/explained_variance", found.nan_to_num(), n * known)
         self._averages.add("value/mean", experience.values, torch.ones_like(experience.values))
 
     def _adapt_kl(self, kl: Tensor, n_sampled: int) -> None:
