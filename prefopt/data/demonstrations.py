@@ -23,7 +23,7 @@ from prefopt.types import PreferenceGroup, Prompt, content_hash
 logger = logging.getLogger(__name__)
 
 NoDemonstration = Literal[
-    "no_preference", "tie", "uncertain", "contradicted", "empty_answer", "repeated"
+    "no_preference", "tie", "uncertain", "contradicted", "empty_answer", "cut_off", "repeated"
 ]
 """Why a preference group, or an answer of it, became no demonstration.
 
@@ -32,6 +32,7 @@ NoDemonstration = Literal[
     uncertain       no preference is as sure as `min_p` asks for
     contradicted    every answer that was preferred was also beaten
     empty_answer    the best answer has no text
+    cut_off         the best answer ended at the token limit, so it breaks off
     repeated        the same answer to the same prompt is there already
 """
 
@@ -87,16 +88,22 @@ class Demonstrations(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return f"{len(self.rows)} demonstrations; left out: {reasons}"
 
 
-def demonstrations(groups: Sequence[PreferenceGroup], *, min_p: float = 0.5) -> Demonstrations:
+def demonstrations(
+    groups: Sequence[PreferenceGroup],
+    *,
+    min_p: float = 0.5,
+    cut_off: Literal["leave_out", "keep"] = "leave_out",
+) -> Demonstrations:
     """The best answers of preference groups, as demonstrations.
 
     An answer is one if it is preferred to another answer and no other is preferred to it; of a pair
-    that is the chosen side. A preference with `p_chosen` below 0.5 counts for its other side. Answers
-    that were cut off at the token limit are learned without an end.
+    that is the chosen side. A preference with `p_chosen` below 0.5 counts for its other side.
 
     Args:
         groups: preferences, as `build_preferences` or `load_preferences` return them.
         min_p: preferences count only if they are surer than this, in [0.5, 1).
+        cut_off: what becomes of answers that ended at the token limit: an example that breaks off is
+            a poor one. Where they are kept, they are learned without an end.
 
     Raises:
         ValueError: `min_p` out of range.
@@ -127,6 +134,8 @@ def demonstrations(groups: Sequence[PreferenceGroup], *, min_p: float = 0.5) -> 
             key = (group.prompt.prompt_id, answer.text)
             if not answer.text.strip():
                 leave_out("empty_answer", f"answer {index} by {answer.model}")
+            elif cut_off == "leave_out" and answer.finish_reason == "length":
+                leave_out("cut_off", f"answer {index} by {answer.model}")
             elif key in seen:
                 leave_out("repeated", f"answer {index} by {answer.model}")
             else:

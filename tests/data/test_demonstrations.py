@@ -76,8 +76,10 @@ def test_what_gives_no_demonstration_is_counted_with_its_reason():
         demonstrations(groups, min_p=0.4)
 
 
-def test_an_answer_that_was_cut_off_is_not_complete():
-    (row,) = demonstrations([group(["a", "b"], [(0, 1)], finish="length")]).rows
+def test_an_answer_that_was_cut_off_is_left_out_or_has_no_end():
+    cut = [group(["a", "b"], [(0, 1)], finish="length")]
+    assert demonstrations(cut).reasons() == {"cut_off": 1}
+    (row,) = demonstrations(cut, cut_off="keep").rows
     assert not row.complete
 
 
