@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from prefopt.errors import PrefoptError
+from prefopt.evaluation.tuning_advice import Aim, Changes
 from prefopt.flow import FlowConfig, run_flow
 from prefopt.label_job import LabelConfig
 from prefopt.models import Device, LoRASettings
@@ -33,6 +34,8 @@ The same way in steps, each reading the file that the last one wrote:
                     --max_usd 5 --out labels
   prefopt train dpo --preferences labels/preferences.jsonl --model Qwen/Qwen3-0.6B --out adapter
   prefopt evaluate  --prompts held_out.jsonl --model Qwen/Qwen3-0.6B --adapter adapter --out report
+
+Not sure that tuning fits? prefopt advise weighs it and measures the best prompt first.
 
 Every command has its own --help. A command that was stopped goes on when it is called again.
 """
@@ -322,6 +325,78 @@ def evaluate(
     _tell(report, out)
 
 
+def advise(
+    aims: Aim | list[Aim],
+    out: str,
+    data: str | None = None,
+    changes: Changes = "yearly",
+    prompts: str | None = None,
+    n_prompts: int = 100,
+    model: str = "demo",
+    judge: str = "rules:house_style",
+    rubric: str = "house_style",
+    system_prompts: list[str] | None = None,
+    max_usd: float | None = None,
+    prices: str | None = None,
+    enough: float = 0.75,
+    requests_per_month: int | None = None,
+    usd_per_million_input_tokens: float | None = None,
+    sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
+    seed: int = 1,
+    device: Device = "auto",
+) -> None:
+    """Say whether prompting, retrieval or tuning fits the aim, and measure the best prompt first.
+
+    Example: prefopt advise --aims "[style, cost]" --data preferences.jsonl --prompts held_out.jsonl
+    --out advice
+
+    Args:
+        aims: what a tuned model is wanted for: facts, format, style, skill, cost.
+        out: folder for advice.md and advice.json, and the answers and verdicts behind them.
+        data: preferences at hand, as `prefopt train dpo` takes them.
+        changes: how often what is wanted changes.
+        prompts: questions to measure prompting with: at least 20, better 100. Nothing is measured
+            without.
+        n_prompts: how many of them are used.
+        model: the model that might be tuned.
+        judge: the judge that would measure the tuned model, as in `prefopt evaluate`.
+        rubric: what better means: "house_style", "helpful", or a text file.
+        system_prompts: text files with system prompts of your own to try as well.
+        max_usd: the most a paid judge may cost here, in US dollars.
+        prices: JSON file with prices by model, as in `prefopt judge label`.
+        enough: the win rate over asking plainly from which prompting alone is good enough.
+        requests_per_month: for the aim "cost".
+        usd_per_million_input_tokens: for the aim "cost".
+        sampling: how the answers are sampled.
+        seed: of the sampling and of the halves that choose and confirm.
+        device: "auto" takes a GPU where there is one.
+    """
+    from prefopt.evaluation.advise import advise as weigh
+
+    advice = weigh(
+        [aims] if isinstance(aims, str) else aims,
+        out,
+        data=data,
+        changes=changes,
+        prompts=prompts,
+        n_prompts=n_prompts,
+        model=model,
+        judge=judge,
+        rubric=rubric,
+        system_prompts=system_prompts or (),
+        max_usd=max_usd,
+        prices=prices,
+        enough=enough,
+        requests_per_month=requests_per_month,
+        usd_per_million_input_tokens=usd_per_million_input_tokens,
+        sampling=sampling,
+        seed=seed,
+        device=device,
+    )
+    print(advice.to_text())
+    print(f"Kept in {out}/advice.md")
+
+
 def run(config: FlowConfig, on_change: Literal["refuse", "redo"]) -> None:
     """The whole way: sample, judge, train, report, in one folder that can be stopped and continued.
 
@@ -400,6 +475,7 @@ def build_parser() -> Any:
     usages = {
         sample: "sample --out FILE",
         evaluate: "evaluate --adapter FOLDER --out FOLDER",
+        advise: "advise --aims AIMS --out FOLDER",
         merge: "merge --model NAME --adapter FOLDER --out FOLDER",
     }
     for function, usage in usages.items():
@@ -537,6 +613,7 @@ def _dispatch(parsed: Any) -> None:
     functions: dict[str, Callable[..., None]] = {
         "sample": sample,
         "evaluate": evaluate,
+        "advise": advise,
         "merge": merge,
         "train_dpo": train_dpo,
     }
