@@ -249,7 +249,7 @@ class RewardModel(nn.Module):
         head = {f"reward.{n}": w.detach().cpu() for n, w in self.head.state_dict().items()}
         save_file(head, folder / _HEADS)
         said = RewardModelFile(
-            base=None if self.adapter is None else self.base,
+            base=None if self.adapter is None else self.base or "unnamed",
             bias=self.bias,
             reads_at=self.reads_at,
         )
@@ -455,12 +455,12 @@ class RewardModel(nn.Module):
 
     def merge(self) -> RewardModel:
         """A copy with the adapter folded into the weights; scores agree up to rounding."""
-        if self.adapter is None:
-            return copy.deepcopy(self)
         model = copy.deepcopy(self.model)
-        model.set_adapter(self.adapter, inference_mode=True)
+        if self.adapter is not None:
+            model.set_adapter(self.adapter, inference_mode=True)
+            model = model.merge_and_unload(adapter_names=[self.adapter])
         return RewardModel(
-            model.merge_and_unload(adapter_names=[self.adapter]),
+            model,
             copy.deepcopy(self.head),
             self.tokenizer,
             bias=self.bias,
