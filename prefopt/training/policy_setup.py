@@ -111,6 +111,8 @@ def disable_dropout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # which attention layers hand to a function
 
 
 def offloading_context(model: Any, args: Any) -> Any:

@@ -56,7 +56,13 @@ from prefopt.training.ppo_config import PPOConfig as PPOConfig
 from prefopt.training.prompt_rows import PromptRow, PromptSet, RolloutSampler
 from prefopt.training.rlhf_model import build_roles
 from prefopt.training.rollouts import RolloutEngine, RolloutSettings, TransformersEngine
-from prefopt.training.tree_model import answer_states, base_model, score_answers, tree_attention
+from prefopt.training.tree_model import (
+    answer_states,
+    base_model,
+    is_wrapped,
+    score_answers,
+    tree_attention,
+)
 from prefopt.training.tree_trainer import Averages
 from prefopt.trees import AnswerTree, PaddedAnswers, TreeBatch, split_by_tokens
 
@@ -900,7 +906,7 @@ def _check(model: Any, ref_model: Any, peft_config: Any, args: Any) -> None:
     problems = []
     if ref_model is not None and ref_model is model:
         problems.append("model and ref_model must not be the same object; leave ref_model out")
-    if peft_config is not None and hasattr(model, "peft_config"):
+    if peft_config is not None and is_wrapped(model):
         problems.append(
             "peft_config was given with a model that has an adapter already; merge that adapter "
             "first, or leave peft_config out to train it further"

@@ -31,7 +31,7 @@ from prefopt.models import load_adapter_weights
 from prefopt.training.policy_setup import disable_dropout
 from prefopt.training.reference import Reference, ReferenceKind, copy_adapter
 from prefopt.training.reward_model import RewardModel, freeze_output_head, new_head
-from prefopt.training.tree_model import Scoring, base_model, choose_scoring
+from prefopt.training.tree_model import Scoring, base_model, choose_scoring, is_wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def _policy(
     if peft_config is None:
         if ref_model is not None:
             return model, "given model", _on_same_base(reward, model)
-        if hasattr(model, "peft_config"):
+        if is_wrapped(model):
             copy_adapter(model)
             return model, "adapter copy", _on_same_base(reward, model)
         return model, "model copy", reward
@@ -246,7 +246,7 @@ def _on_same_base(reward: Any, policy: Any) -> Any:
     """The reward model as one more adapter of the policy's base, if its own base is the same."""
     if not isinstance(reward, RewardModel) or reward.adapter is None:
         return reward
-    if not hasattr(policy, "peft_config") or reward.model is policy:
+    if not is_wrapped(policy) or reward.model is policy:
         return reward
     if REWARD in policy.peft_config or not _same_weights(
         base_model(reward.model), base_model(policy)
@@ -290,7 +290,7 @@ def _value(policy: Any, given: Any, reward: Any) -> RewardModel:
         return RewardModel(given, _trained(new_head(given)), base=_name(given))
     start = given if given is not None else reward if isinstance(reward, RewardModel) else None
     own = given is not None and given.adapter is None
-    if hasattr(policy, "peft_config") and not own:
+    if is_wrapped(policy) and not own:
         return _value_adapter(policy, start)
     if start is None:
         model = copy.deepcopy(policy)
@@ -359,7 +359,7 @@ def _name(model: Any) -> str | None:
 
 
 def _active(model: Any) -> str | None:
-    if not hasattr(model, "peft_config"):
+    if not is_wrapped(model):
         return None
     active = model.active_adapter
     return str(active if isinstance(active, str) else active[0])

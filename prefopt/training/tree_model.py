@@ -355,9 +355,14 @@ def tree_attention(model: Any, scoring: Scoring) -> Iterator[None]:
             config._attn_implementation = before
 
 
+def is_wrapped(model: Any) -> bool:
+    """Whether a model is PEFT's wrapper: one that it was put around has a `peft_config` too."""
+    return hasattr(model, "get_base_model")
+
+
 def base_model(model: Any) -> Any:
     """The causal language model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if is_wrapped(model) else model
 
 
 def _attention(

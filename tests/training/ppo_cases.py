@@ -1,0 +1,137 @@
+"""What the tests of the PPO trainer share: prompts, a reward that can be learned, a tiny trainer.
+
+Also a script, which trains in one of several processes: see `test_ppo_trainer_processes.py`.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prefopt import PPOConfig, PPOTrainer
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+N_SYMBOLS, END = 8, 7
+
+
+def tiny_policy(seed=0, **more):
+    """A random Llama over eight symbols, the last of which ends an answer."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=N_SYMBOLS + 4,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=END,
+            pad_token_id=END,
+            **more,
+        )
+    )
+    return model.eval()
+
+
+PROMPTS = [{"prompt_ids": ids} for ids in ([8, 9, 10], [9], [11, 8], [10, 10, 9, 8], [8], [11])]
+
+
+def ones(prompts, answers, answer_ids):
+    """The share of symbol 1: something a policy can learn in a few steps."""
+    return [sum(token == 1 for token in ids) / len(ids) for ids in answer_ids]
+
+
+def make_trainer(
+    folder,
+    *,
+    model=None,
+    reward=ones,
+    rows=PROMPTS,
+    peft_config=None,
+    kind=PPOTrainer,
+    ref_model=None,
+    value_model=None,
+    eval_rows=None,
+    callbacks=None,
+    processing_class=None,
+    engine=None,
+    **settings,
+):
+    arguments = {
+        "per_device_train_batch_size": 3, "num_generations": 4, "num_rollouts": 2,
+        "num_ppo_epochs": 2, "max_new_tokens": 5, "seed": 1, "learning_rate": 0.05,
+        "logging_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no",
+        "disable_tqdm": True, "dataloader_pin_memory": False, "lr_scheduler_type": "constant",
+        **settings,
+    }  # fmt: skip
+    return kind(
+        model=tiny_policy() if model is None else model,
+        reward=reward,
+        args=PPOConfig(str(folder), **arguments),
+        train_dataset=Dataset.from_list(rows),
+        ref_model=ref_model,
+        value_model=value_model,
+        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
+        processing_class=processing_class,
+        peft_config=copy.deepcopy(peft_config),
+        callbacks=callbacks,
+        engine=engine,
+    )
+
+
+def trained(*args, **options):
+    trainer = make_trainer(*args, **options)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer):
+    """All that trains, of policy and value."""
+    parameters = [*trainer.roles.policy_parameters(), *trainer.roles.value_parameters()]
+    return [p.detach().clone() for p in parameters]
+
+
+def logged(trainer):
+    """All that was logged but for the clock."""
+    skip = ("runtime", "per_second", "flos", "time/")
+    return [
+        {k: v for k, v in line.items() if not any(part in k for part in skip)}
+        for line in trainer.state.log_history
+    ]
+
+
+def main(folder, settings):
+    """One of several processes: train, and let the first save what came out."""
+    trainer = trained(folder / "run", ddp_backend="gloo", engine=ByPrompt(), **settings)
+    assert trainer.accelerator.num_processes == 2
+    if trainer.accelerator.is_main_process:
+        torch.save(weights(trainer), folder / "weights.pt")
+        (folder / "logged.json").write_text(json.dumps(logged(trainer)))
+
+
+class ByPrompt:
+    """An engine whose answers depend on the prompt only, so that processes cannot change them."""
+
+    def sample(self, prompts, k, seed):
+        """Symbols and lengths that follow from the prompt."""
+        from prefopt.training.rollouts import SampledIds
+
+        def answer(prompt, i):
+            ids = tuple(
+                (3 * sum(prompt) + 5 * i + j * j) % END for j in range(1 + (i + prompt[0]) % 4)
+            )
+            return SampledIds((*ids, END), True) if i % 2 else SampledIds(ids, False)
+
+        return [[answer(prompt, i) for i in range(k)] for prompt in prompts]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
