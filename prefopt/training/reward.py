@@ -235,6 +235,7 @@ def evaluate_reward_model(
     data: str | Path | Sequence[PreferenceGroup | LabelledPair],
     *,
     name: str = "",
+    max_pairs: int | None = None,
     device: Device = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -246,8 +247,9 @@ def evaluate_reward_model(
         data: preference groups, labelled pairs, or a file of either, as `load_preferences` and
             `load_labelled` read them.
         name: of the data, for the report; that of a file's folder where it is left out.
+        max_pairs: take a random sample of this many pairs; None takes all.
         device: where to load a model that is named.
-        seed: of the intervals.
+        seed: of the sample and the intervals.
         progress: show a bar.
 
     Raises:
@@ -264,6 +266,8 @@ def evaluate_reward_model(
     pairs = [pair for item in data for pair in _labelled(item)]
     if not pairs:
         raise DataError("there are no labelled pairs to hold the reward model against.")
+    if max_pairs is not None and max_pairs < len(pairs):
+        pairs = random.Random(seed).sample(pairs, max_pairs)
     reward = model if isinstance(model, RewardModel) else RewardModel.load(model, device=device)
     by_prompt: dict[str, dict[tuple[str, bool], Candidate]] = {}
     for a, b, _ in pairs:

@@ -16,11 +16,13 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -295,7 +297,12 @@ class RewardModel(nn.Module):
     def scoring(self) -> Scoring:
         """How the model takes trees, found out by trying at the first use."""
         if self._scoring is None:
-            self._scoring = choose_scoring(self.model)
+            scoring = choose_scoring(self.model)
+            if self.adapter is None:
+                # Norms that train are not fused, so none are: a model scores the same to the last bit
+                # while it trains and once it is loaded.
+                scoring = replace(scoring, fused=scoring.fused._replace(norms=()))
+            self._scoring = scoring
         return self._scoring
 
     @scoring.setter
@@ -483,7 +490,7 @@ def _read(folder: Path) -> tuple[RewardModelFile, dict[str, Tensor]]:
     try:
         said = msgspec.json.decode((folder / _FILE).read_bytes(), type=RewardModelFile)
         weights = load_file(folder / _HEADS)
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
+    except (OSError, msgspec.MsgspecError, SafetensorError) as error:
         raise ModelError(
             f"cannot read the reward model in {folder}: {error}. Give a folder written by "
             "RewardModel.save or train_reward."

@@ -18,6 +18,7 @@ import transformers
 import trl
 from torch import Tensor
 
+from prefopt.chat import ids_after_end
 from prefopt.errors import TrainingError
 from prefopt.losses import plackett_luce_loss
 from prefopt.reward_losses import centering_penalty, reward_pair_loss
@@ -123,6 +124,14 @@ class RewardTrainer(TreeTrainer):
         model: RewardModel = self.model
         return model
 
+    def _prepared(self, dataset: Any, name: str, args: Any) -> Any:
+        tokenized = super()._prepared(dataset, name, args)
+        surplus = ids_after_end(self._text_processor)
+        if not surplus or "prompt_ids" in next(iter(dataset)):
+            return tokenized
+        # A policy stops at its end token, so that is where its answers will be scored.
+        return tokenized.map(_cut_after_end, fn_kwargs={"surplus": surplus})
+
     @property
     def _language_model(self) -> Any:
         return self.reward.model
@@ -200,6 +209,15 @@ class RewardTrainer(TreeTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.reward.read_weights(self.state.best_model_checkpoint)
+
+
+def _cut_after_end(row: dict[str, Any], surplus: list[int]) -> dict[str, Any]:
+    def cut(ids: list[int]) -> list[int]:
+        return ids[: -len(surplus)] if ids[-len(surplus) :] == surplus else ids
+
+    if "answer_ids" in row:
+        return {"answer_ids": [cut(ids) for ids in row["answer_ids"]]}
+    return {"chosen_ids": cut(row["chosen_ids"]), "rejected_ids": cut(row["rejected_ids"])}
 
 
 class _Pairs:
