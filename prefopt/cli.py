@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-from prefopt.errors import PrefoptError
+from prefopt.data.export_formats import FormatName
+from prefopt.errors import HostedError, PrefoptError
 from prefopt.evaluation.tuning_advice import Aim, Changes
 from prefopt.flow import FlowConfig, run_flow
 from prefopt.label_job import LabelConfig
@@ -444,6 +445,172 @@ def merge(model: str, adapter: str, out: str) -> None:
     print(f"merged model in {merge_adapter(model, adapter, out)}")
 
 
+def export(
+    data: str,
+    format: FormatName,
+    out: str,
+    min_p: float = 0.5,
+    unfit: Literal["refuse", "leave_out"] = "refuse",
+) -> None:
+    """Write preferences as another training stack or a hosted service reads them.
+
+    Example: prefopt export --data labels --format axolotl --out preferences.axolotl.jsonl
+
+    Args:
+        data: a file or Hub dataset as `prefopt train dpo` reads it, or the folder of a run or of a
+            labelling job.
+        format: whose format; docs/export.md shows a row of each.
+        out: .jsonl file to write; for llama-factory, `dataset_info.json` beside it gets its entry.
+        min_p: leave out preferences whose p_chosen is below this, in [0.5, 1].
+        unfit: what to do with rows that the stack would not take: refuse them all, or leave_out.
+    """
+    from prefopt.data.export import export_preferences
+
+    print(export_preferences(data, out, format=format, min_p=min_p, unfit=unfit))
+
+
+def bedrock_create(
+    out: str,
+    train: str,
+    base_model: str,
+    role: str,
+    s3: str,
+    validation: str | None = None,
+    name: str | None = None,
+    region: str | None = None,
+    hyperparameters: dict[str, str] | None = None,
+    usd_per_million_tokens: float | None = None,
+    yes: bool = False,
+) -> None:
+    """Fine-tune a model on Amazon Bedrock: say what it would be and cost, and with --yes begin.
+
+    Example: prefopt bedrock create --train train.jsonl --out jobs/mine --region us-west-2
+    --base_model anthropic.claude-3-haiku-20240307-v1:0:200k
+    --role arn:aws:iam::123456789012:role/Tuning --s3 s3://my-bucket/tuning
+
+    Args:
+        out: folder that remembers the job, so that it is never made twice.
+        train: file written by `prefopt export` in the format bedrock-claude, -nova or -llama.
+        base_model: a model that Bedrock fine-tunes there: prefopt bedrock models.
+        role: the IAM role by which Bedrock reads the data and writes the results.
+        s3: where both are kept, s3://bucket/prefix, in the same region.
+        validation: a second file, to measure the loss on.
+        name: of the job and the model; made up by default.
+        region: the AWS region; that of the AWS configuration by default.
+        hyperparameters: by Bedrock's names, as "{epochCount: 3, batchSize: 8}".
+        usd_per_million_tokens: the price of training from AWS's list, to work out the cost.
+        yes: consent to what is said of the cost, and begin.
+    """
+    from prefopt.hosted.bedrock import create_job, plan_job
+
+    plan = plan_job(
+        train,
+        base_model=base_model,
+        role=role,
+        s3=s3,
+        validation=validation,
+        name=name,
+        region=region,
+        hyperparameters=hyperparameters,
+        usd_per_million_tokens=usd_per_million_tokens,
+    )
+    print(plan)
+    if not yes:
+        raise HostedError("nothing was sent. With --yes the job is made and its cost begins.")
+    print(f"Bedrock has job {create_job(plan, out).name}: prefopt bedrock follow --out {out}")
+
+
+def bedrock_resume(out: str) -> None:
+    """Go on with making a job after a crash; one that Bedrock has already is not made again.
+
+    Example: prefopt bedrock resume --out jobs/mine
+
+    Args:
+        out: the job's folder.
+    """
+    from prefopt.hosted.bedrock import resume_job
+
+    print(f"Bedrock has job {resume_job(out).name}: prefopt bedrock follow --out {out}")
+
+
+def bedrock_follow(out: str, poll_s: float = 60.0) -> None:
+    """Wait until a job is over, and say how it goes. May be stopped and called again.
+
+    Example: prefopt bedrock follow --out jobs/mine
+
+    Args:
+        out: the job's folder.
+        poll_s: seconds between two questions.
+    """
+    from prefopt.hosted.bedrock import follow_job
+
+    follow_job(out, poll_s=poll_s, told=print)
+
+
+def bedrock_list(region: str | None = None) -> None:
+    """List all model customization jobs of the account in a region, the newest first.
+
+    Example: prefopt bedrock list --region us-west-2
+
+    Args:
+        region: the AWS region; that of the AWS configuration by default.
+    """
+    from prefopt.hosted.bedrock import list_jobs
+
+    for job in list_jobs(region):
+        print(f"{job.created}  {job.status:<10}  {job.name}  {job.base_model}")
+
+
+def bedrock_stop(out: str) -> None:
+    """Stop a job. It gives no model then and cannot go on; what it has trained is charged.
+
+    Example: prefopt bedrock stop --out jobs/mine
+
+    Args:
+        out: the job's folder.
+    """
+    from prefopt.hosted.bedrock import stop_job
+
+    print(stop_job(out))
+
+
+def bedrock_models(region: str | None = None) -> None:
+    """List the models that Bedrock fine-tunes in a region.
+
+    Example: prefopt bedrock models --region us-west-2
+
+    Args:
+        region: the AWS region; that of the AWS configuration by default.
+    """
+    from prefopt.hosted.bedrock import tunable_models
+
+    for model in tunable_models(region):
+        print(f"{model.model_id}  {model.provider}  {model.lifecycle}")
+
+
+_BEDROCK_STEPS: dict[str, Callable[..., None]] = {
+    "create": bedrock_create,
+    "resume": bedrock_resume,
+    "follow": bedrock_follow,
+    "list": bedrock_list,
+    "stop": bedrock_stop,
+    "models": bedrock_models,
+}
+
+_BEDROCK_DESCRIPTION = """\
+Fine-tuning Claude, Nova or Llama by Amazon Bedrock's model customization jobs.
+
+  prefopt bedrock models --region us-west-2      what can be fine-tuned
+  prefopt export --data labels --format bedrock-claude --out train.jsonl
+  prefopt bedrock create --train train.jsonl --out jobs/mine --base_model ID \\
+                         --role ARN --s3 s3://bucket/prefix       what it would cost; --yes begins
+  prefopt bedrock resume --out jobs/mine         after a crash: never makes a second job
+  prefopt bedrock follow --out jobs/mine         wait, and say how it goes
+  prefopt bedrock stop   --out jobs/mine
+
+Needs boto3 (pip install 'prefopt[bedrock]') and AWS credentials, as boto3 finds them.
+"""
+
 _JUDGE_STEPS: dict[str, Callable[..., None]] = {
     "estimate": judge_estimate,
     "label": judge_label,
@@ -477,6 +644,7 @@ def build_parser() -> Any:
         evaluate: "evaluate --adapter FOLDER --out FOLDER",
         advise: "advise --aims AIMS --out FOLDER",
         merge: "merge --model NAME --adapter FOLDER --out FOLDER",
+        export: "export --data FILE --format NAME --out FILE",
     }
     for function, usage in usages.items():
         sub = _command(function, usage)
@@ -499,6 +667,18 @@ def build_parser() -> Any:
             sub.add_class_arguments(LabelConfig, as_group=False)
         else:
             sub.add_function_arguments(function, as_group=False)
+        steps.add_subcommand(name, sub, help=_summary(function))
+    bedrock = _parser("prefopt bedrock COMMAND [options]", _BEDROCK_DESCRIPTION)
+    commands.add_subcommand("bedrock", bedrock, help="Fine-tuning on AWS: prefopt bedrock --help")
+    steps = bedrock.add_subcommands(required=True, dest="step")
+    for name, function in _BEDROCK_STEPS.items():
+        needed = {
+            "create": "--train FILE --out FOLDER --base_model ID --role ARN --s3 URI",
+            "list": "",
+            "models": "",
+        }
+        sub = _command(function, f"bedrock {name} {needed.get(name, '--out FOLDER')}".rstrip())
+        sub.add_function_arguments(function, as_group=False)
         steps.add_subcommand(name, sub, help=_summary(function))
     train = _parser("prefopt train METHOD [options]", "Train on preferences.")
     # jsonargparse wants an outer level registered before the inner one is filled.
@@ -603,6 +783,10 @@ def _dispatch(parsed: Any) -> None:
         else:
             function(**values)
         return
+    if name == "bedrock":
+        values = {k: v for k, v in vars(options[options.step]).items() if k != "config"}
+        _BEDROCK_STEPS[options.step](**values)
+        return
     if name == "train":
         name, options = f"train_{options.method}", options[options.method]
     values = {key: value for key, value in vars(options).items() if key != "config"}
@@ -615,6 +799,7 @@ def _dispatch(parsed: Any) -> None:
         "evaluate": evaluate,
         "advise": advise,
         "merge": merge,
+        "export": export,
         "train_dpo": train_dpo,
     }
     functions[name](**values)

@@ -7,6 +7,7 @@
     │   ├── JudgeUnavailable   no key, unknown model, rejected credentials, or a lasting outage
     │   └── BudgetExceeded     the money limit was reached; what was bought is kept
     ├── TrainingError      training that must not start or must not go on
+    ├── HostedError        a hosted service that refuses or cannot be reached
     └── RunError           a run folder that does not match what is asked of it
 
 Wrong arguments to a function raise ValueError. Messages say what was expected, what came, where,
@@ -49,6 +50,10 @@ class BudgetExceeded(JudgeError):
 
 class TrainingError(PrefoptError):
     """Training that must not start, or must not go on."""
+
+
+class HostedError(PrefoptError):
+    """A hosted training service refuses, fails or cannot be reached."""
 
 
 class RunError(PrefoptError):

@@ -1,0 +1,1 @@
+"""Training that somebody else's machines do; each service in one file."""
