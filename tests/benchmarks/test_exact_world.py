@@ -78,3 +78,21 @@ def test_dpo_comes_near_the_optimum(world):
         world, rows, per_device_train_batch_size=128, num_train_epochs=2, warmup_steps=2
     )
     assert world.regret(world.logps(policy), BETA) < 0.25
+
+
+PPO = {
+    "num_rollouts": 15, "num_generations": 64, "learning_rate": 3e-3, "value_learning_rate": 1e-2,
+}  # fmt: skip
+
+
+def test_ppo_comes_near_the_optimum(world):
+    reward = quality_rlhf.callable_reward(world.reward, world.n_symbols)
+    policy = quality_rlhf.run_ppo(world, reward, **PPO)
+    assert world.regret(world.logps(policy), BETA) < 0.06
+
+
+def test_ppo_with_another_penalty_does_not(world):
+    """So the bound above says something: k3 in the reward is a fault that has been shipped."""
+    reward = quality_rlhf.callable_reward(world.reward, world.n_symbols)
+    policy = quality_rlhf.run_ppo(world, reward, fault="k3", **PPO)
+    assert world.regret(world.logps(policy), BETA) > 0.2
