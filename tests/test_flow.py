@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,8 +122,7 @@ def test_the_same_configuration_elsewhere_gives_the_same_bytes(
 def test_a_changed_setting_is_refused_until_redo_is_asked_for(
     finished, tiny_model, prompt_file, tmp_path
 ):
-    changed = config(tmp_path / "run", tiny_model, prompt_file)
-    run_flow(changed, progress=False)
+    shutil.copytree(finished[0], tmp_path / "run")
     kept = hashes(tmp_path / "run")
     changed = config(tmp_path / "run", tiny_model, prompt_file, lora=LoRASettings(r=2))
     with pytest.raises(RunError, match=r"lora\.r: 4 -> 2"):

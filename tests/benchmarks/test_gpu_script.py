@@ -13,45 +13,63 @@ from benchmarks import gpu
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param(["--only", "speed", "profile", "--lengths", "k4"], id="one comparison"),
-        pytest.param([], id="everything", marks=pytest.mark.slow),
-    ],
-)
-def test_the_script_runs_on_a_cpu_and_writes_where_it_is_told(arguments, tmp_path):
-    """In a process of its own: it sets the libraries' verbosity for all of it."""
+ON_A_CPU = ["--device", "cpu", "--shape", "tiny"]
+
+
+@pytest.fixture
+def kept_figures():
+    """What the repository holds of a GPU's figures is not touched."""
     kept = {p: p.read_bytes() for p in gpu.RESULTS.glob("gpu.*")}
-    ran = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--shape", "tiny", *arguments,
-         "--out", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    assert page in ran.stdout
+    yield
+    assert {p: p.read_bytes() for p in gpu.RESULTS.glob("gpu.*")} == kept
+
+
+def results_in(folder, printed):
+    """The results that were written, once the page and each comparison in it are looked at."""
+    page = (folder / "gpu.md").read_text(encoding="utf-8")
+    assert page in printed
     assert "they say nothing about a GPU" in page
     assert "no GPU, no answer" in page
-    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    if not arguments:
-        assert all(r["right"] for r in results["correctness"]["scores"])
-        assert all(r["right"] for r in results["correctness"]["training"])
-        assert len(results["speed"]) == len(gpu.LENGTH_NAMES)
+    results = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
     for compared in results["speed"].values():
         assert compared["ratio"] > 0
         assert compared["environment"]["device"].startswith("CPU")
         assert compared["pairs_a_step"] == 6
     (profile,) = results["profile"].values()
     assert sum(profile["kinds"].values()) == pytest.approx(1.0)
-    assert {p: p.read_bytes() for p in gpu.RESULTS.glob("gpu.*")} == kept
+    return results
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("kept_figures")
+def test_one_comparison_and_a_profile_run_on_a_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "quiet", lambda: None)  # it would quieten the tests that follow
+    arguments = ["--only", "speed", "profile", "--lengths", "k4", "--out", str(tmp_path)]
+    assert gpu.main([*ON_A_CPU, *arguments]) == 0
+    assert list(results_in(tmp_path, capsys.readouterr().out)["speed"]) == [
+        "tiny/k4/checkpointing off"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kept_figures")
+def test_the_script_as_it_is_started_runs_on_a_cpu(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", *ON_A_CPU, "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    results = results_in(tmp_path, ran.stdout)
+    assert all(r["right"] for r in results["correctness"]["scores"])
+    assert all(r["right"] for r in results["correctness"]["training"])
+    assert len(results["speed"]) == len(gpu.LENGTH_NAMES)
 
 
 def test_without_out_a_cpu_writes_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(gpu, "quiet", lambda: None)
     monkeypatch.setattr(gpu, "correctness", lambda args: {"scores": [], "training": []})
-    gpu.main(["--device", "cpu", "--shape", "tiny", "--only", "correctness"])
+    gpu.main([*ON_A_CPU, "--only", "correctness"])
     assert "# DPO on one device" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
 

@@ -5,6 +5,7 @@ judging process is killed again and again and started again until it comes to it
 `PREFOPT_KILLS=200` sets how many kills the slow tests make.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -25,10 +26,11 @@ from tests.faults import judging_zygote
 N_PAIRS = 30
 
 
-@pytest.fixture
-def server(tmp_path):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
     """A fake API in a process of its own: (socket, bills)."""
-    socket, log = tmp_path / "api.sock", tmp_path / "bills.jsonl"
+    folder = tmp_path_factory.mktemp("server")
+    socket, log = folder / "api.sock", folder / "bills.jsonl"
     command = [sys.executable, "-m", "prefopt.testing.serve", "--unix", str(socket)]
     options = ["--log", str(log), "--latency_s", "0.02", "--batch_polls", "3"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
@@ -41,8 +43,9 @@ def server(tmp_path):
         process.stdout.close()
 
 
-@pytest.fixture
-def zygote():
+@contextlib.contextmanager
+def started_zygote():
+    """What forks judging processes, one at a time."""
     command = [sys.executable, "-m", "tests.faults.judging_zygote"]
     process = subprocess.Popen(
         command,
@@ -51,20 +54,38 @@ def zygote():
         text=True,
         cwd=Path(__file__).parents[2],
     )
-    yield process
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    with started_zygote() as process:
+        yield process
+
+
+def start(zygote, job):
+    """The id of a judging process."""
+    zygote.stdin.write(json.dumps(job) + "\n")
+    zygote.stdin.flush()
+    return int(zygote.stdout.readline())
 
 
 def run(zygote, job, kill_after_s=None):
     """One judging process; killed after a while, or let run. Whether it came to its end."""
-    zygote.stdin.write(json.dumps(job) + "\n")
-    zygote.stdin.flush()
-    pid = int(zygote.stdout.readline())
+    pid = start(zygote, job)
     if kill_after_s is not None:
         time.sleep(kill_after_s)
         os.kill(pid, signal.SIGKILL)
+    return has_ended(zygote)
+
+
+def has_ended(zygote):
+    """Wait for the judging process; whether it came to its end, not to be killed."""
     zygote.stdin.write("\n")
     zygote.stdin.flush()
     status = int(zygote.stdout.readline())
@@ -169,8 +190,9 @@ def test_many_kills_lose_nothing_and_pay_for_no_finished_call_twice(
     assert kill_until(zygote, server, tmp_path, transport, n_kills=n_kills, seed=2) == n_kills
 
 
-def test_two_processes_on_one_ledger_ask_nothing_twice(server, tmp_path):
+def test_two_processes_on_one_ledger_ask_nothing_twice(server, zygote, tmp_path):
     socket, log = server
+    bills_before = len(read_bills(log)) if log.exists() else 0
     jobs = [
         {
             "socket": str(socket),
@@ -181,23 +203,13 @@ def test_two_processes_on_one_ledger_ask_nothing_twice(server, tmp_path):
         }
         for i in range(2)
     ]
-    command = [sys.executable, "-m", "tests.faults.judging_zygote"]
-    root = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
-        )
-        for _ in jobs
-    ]
-    outputs = []
-    for process, job in zip(processes, jobs, strict=True):
-        process.stdin.write(json.dumps(job) + "\n\n")
-        process.stdin.flush()
-    for process in processes:
-        outputs.append(process.communicate()[0].split())
-    assert [out[1] for out in outputs] == ["0", "0"]
+    with started_zygote() as second:
+        both = (zygote, second)
+        for parent, job in zip(both, jobs, strict=True):
+            start(parent, job)
+        assert [has_ended(parent) for parent in both] == [True, True]
     assert Path(jobs[0]["out"]).read_bytes() == Path(jobs[1]["out"]).read_bytes()
-    bills = Counter(bill.request_hash for bill in read_bills(log))
+    bills = Counter(bill.request_hash for bill in read_bills(log)[bills_before:])
     assert len(bills) == 2 * N_PAIRS
     assert set(bills.values()) == {1}
     with Ledger(jobs[0]["ledger"]) as book:

@@ -88,14 +88,14 @@ def test_a_judge_that_always_names_the_first_place_has_no_kappa_to_speak_of():
 def test_the_bootstrap_interval_of_kappa_covers_what_it_should():
     rng = np.random.default_rng(0)
     covered, truth = 0, 0.6  # right in 80 % of evenly spread pairs
-    for trial in range(60):
+    for trial in range(40):
         labels = rng.choice(["a", "b"], size=150)
         right = rng.random(150) < 0.8
         said = np.where(right, labels, np.where(labels == "a", "b", "a"))
         items = [judged(s, i=i) for i, s in enumerate(said.tolist())]
         kappa = measure_agreement(items, labels.tolist(), seed=trial).kappa
         covered += kappa.low <= truth <= kappa.high
-    assert covered >= 52  # 95 % of 60 is 57; this is 3.5 standard deviations below
+    assert covered >= 33  # 95 % of 40 is 38; this is 3.6 standard deviations below
 
 
 def test_annotators_give_a_ceiling():

@@ -15,8 +15,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MixtralConfig, Mixtral
 
 import prefopt
 
-pytestmark = pytest.mark.usefixtures("light_collections")
-
 # Not the same by nature: the clock, and an estimate of the work that trees spare.
 NOT_COMPARED = ("runtime", "per_second", "preparation_time", "total_flos")
 # Means over tokens. TRL averages the means of the batches, we average over all tokens: over one

@@ -5,6 +5,7 @@ Also a script, which trains in one of several processes: see `test_dpo_trainer_p
 
 import copy
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -135,13 +136,17 @@ def metrics(trainer):
 
 
 def main(folder, settings):
-    """One of several processes: train, and let the first save what came out."""
+    """Two processes train, and the first saves what came out; the second's failure is its own."""
+    other = os.fork()  # after the imports, which take longer than to train
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
     rows = pair_rows(14)
     trainer = trained(folder / "run", rows, ddp_backend="gloo", **settings)
     assert trainer.accelerator.num_processes == 2
-    if trainer.accelerator.is_main_process:
+    assert trainer.accelerator.is_main_process == bool(other)
+    if other:
         torch.save(weights(trainer), folder / "weights.pt")
         (folder / "metrics.json").write_text(json.dumps(metrics(trainer)))
+        assert os.waitpid(other, 0)[1] == 0
 
 
 if __name__ == "__main__":

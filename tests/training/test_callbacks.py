@@ -1,6 +1,5 @@
 """What is shown, measured and watched during training: by our trainer, by TRL's, by transformers'."""
 
-import gc
 import json
 import logging
 import math
@@ -42,15 +41,6 @@ TRAINERS = {
     "prefopt": (prefopt.DPOTrainer, prefopt.DPOConfig),
     "trl": (trl.DPOTrainer, trl.DPOConfig),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _only_new_objects_are_collected():
-    """Every `train` collects garbage; looking through all imported libraries takes half the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def rows(n=8, chosen="green", rejected="blue"):

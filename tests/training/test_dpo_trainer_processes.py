@@ -1,10 +1,12 @@
 """Two processes that add up their gradients give what one process gives.
 
-The processes are started by hand, as a launcher would; `dpo_cases` is what they run.
+`dpo_cases` is what they run: one that has imported the libraries, and one forked from it.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -27,22 +29,20 @@ def in_two_processes(folder, settings):
         sys.executable, "-W", "ignore", "-m", "tests.training.dpo_cases", str(folder),
         json.dumps(settings),
     ]  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        said, _ = process.communicate(timeout=120)
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # both of them
+    assert process.returncode == 0, said
     return torch.load(folder / "weights.pt"), json.loads((folder / "metrics.json").read_text())
 
 

@@ -37,8 +37,6 @@ from tests.training.dpo_cases import (
     trained,
 )
 
-pytestmark = pytest.mark.usefixtures("light_collections")
-
 ROWS = pair_rows()
 # Distinct (prompt, answer): the rows' answers repeat.
 N = len(
