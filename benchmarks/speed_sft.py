@@ -24,6 +24,7 @@ from prefopt.data.demonstrations import Demonstration
 from prefopt.data.prompts import load_prompts, plain_texts
 from prefopt.models import LoRASettings, load_model, lora_config
 from prefopt.training import sft
+from prefopt.training.sft_trainer import token_columns
 
 ROWS_A_STEP = 16
 
@@ -82,7 +83,7 @@ def measure(model: str, rows: list[Demonstration], micro_batch: int | None) -> t
                     gradient_accumulation_steps=ROWS_A_STEP // micro_batch,
                     warmup_steps=0.1, lr_scheduler_type="cosine", seed=0,
                 ),
-                train_dataset=datasets.Dataset.from_list([sft._columns(r) for r in tokenized]),
+                train_dataset=datasets.Dataset.from_list([token_columns(r) for r in tokenized]),
                 processing_class=loaded.tokenizer,
                 peft_config=lora_config(LoRASettings()),
             )  # fmt: skip

@@ -5,29 +5,25 @@
 over the N learned tokens of an optimiser step: those of the answers, their end token included, and
 none of the prompts (Ouyang et al. 2022, arXiv:2203.02155, step 1). General data may be replayed
 against forgetting (Rolnick et al. 2019, arXiv:1811.11682). Loop, adapter and log are TRL's; see
-`SFTTrainer` for what is not.
+`sft_trainer` for what is not.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
-import torch
-import trl
-from torch import Tensor
 
 from prefopt.chat import tokenize_answer, tokenize_text
 from prefopt.data.demonstrations import Demonstration, load_demonstrations, mix_replay
 from prefopt.data.rows import Source
-from prefopt.errors import DataError, ModelError, TrainingError
+from prefopt.errors import DataError, ModelError
 from prefopt.models import (
     Device,
     DType,
@@ -40,13 +36,12 @@ from prefopt.models import (
 )
 from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
 from prefopt.training.health import HealthNote, diagnose, training_points
-from prefopt.training.tree_model import base_model, choose_scoring, score_answers, tree_attention
-from prefopt.trees import AnswerTree, split_by_tokens
+
+if TYPE_CHECKING:
+    from prefopt.training.sft_trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
 
-_NOT_LEARNED = -100  # TRL's label of a token without loss
-_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 # Share of tokens foreseen from which on there is next to nothing left to learn but by heart.
 _BY_HEART = 0.97
 
@@ -121,6 +116,14 @@ class SFTSettings:
             raise ValueError("SFT settings: " + "; ".join(problems) + ".")
 
 
+class TokenRow(NamedTuple):
+    """A row as it is trained on: what is read, what is learned, and whether it was cut."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    is_cut: bool
+
+
 class SFTPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One logged step: loss and entropy in nats a learned token, `accuracy` the share foreseen."""
 
@@ -151,124 +154,6 @@ class SFTResult(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: float
     points: tuple[SFTPoint, ...]
     health: tuple[HealthNote, ...]
-
-
-class _Row(NamedTuple):
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    is_cut: bool
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The rows of an optimiser step. Opaque to accelerate, which leaves it as it is."""
-
-    trees: tuple[AnswerTree, ...]
-
-
-class SFTTrainer(trl.SFTTrainer):
-    """TRL's, on rows of `input_ids` and `labels` whose learned tokens are the end of the row.
-
-    What is other than in TRL 1.16, and why:
-
-    - Rows come with token ids and labels. TRL's own tokenization also teaches what a chat template
-      writes after the end token, teaches no end where the template writes none, and teaches an end to
-      answers that were cut off.
-    - The step is on tree batches: no padding, and only learned tokens reach the output head. TRL
-      pads, and on a CPU sends every token through the head. 1.8 times less CPU time for LoRA on the
-      demo model, 44 tokens a prompt and 42 an answer.
-    - `batch_size` rows make one step whatever fits into memory at once; the metrics are over all
-      tokens of the step. TRL's are means of micro-batches' means.
-    - A loss that is not finite ends the run before the optimiser steps. TRL's goes on, and shows the
-      mean of the losses before.
-    - TRL's count of tokens begins at 0 again in a run that is continued; it is left out.
-    - Nothing is reported to anyone, and checkpoints hold no model card.
-    """
-
-    _tag_names = ("prefopt", "sft")
-
-    def __init__(self, *, micro_batch_tokens: int | None, **arguments: Any) -> None:
-        super().__init__(data_collator=_collate, **arguments)
-        self.scoring = choose_scoring(self.model)
-        default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
-        self._budget = micro_batch_tokens or default
-
-    def training_step(
-        self, model: Any, inputs: Mapping[str, _Batch], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Forward and backward of all rows of the step, micro-batch by micro-batch."""
-        model.train()
-        trees, device = inputs["batch"].trees, self.args.device
-        processes = self.accelerator.num_processes
-        n_tokens = torch.tensor(float(sum(len(tree.answers[0]) for tree in trees)), device=device)
-        if processes > 1:
-            n_tokens = self.accelerator.reduce(n_tokens, reduction="sum")
-        sums = torch.zeros(3, device=device)  # of losses, entropies and foreseen tokens
-        plan = split_by_tokens([tree.n_tokens for tree in trees], self._budget)
-        for index, members in enumerate(plan):
-            wait = self.accelerator.no_sync(model) if index < len(plan) - 1 else None
-            with (
-                wait or contextlib.nullcontext(),
-                self.maybe_activation_offload_context,
-                tree_attention(self.model, self.scoring),
-            ):
-                rows = [trees[i] for i in members]
-                batch = self.scoring.batch(rows, self.processing_class.pad_token_id or 0)
-                with self.compute_loss_context_manager():
-                    tokens, balance = score_answers(
-                        model, batch.to(device), self.scoring, aux_loss=self.aux_loss_enabled
-                    )
-                    losses = -tokens.logprobs
-                    self._check(losses.detach(), rows)
-                    # Processes average their gradients; the mean is over the tokens of all of them.
-                    loss = losses.sum() * processes / n_tokens
-                    if balance is not None:  # of a mixture of experts, as TRL weighs it
-                        share = len(losses) * processes / n_tokens
-                        loss = loss + self.router_aux_loss_coef * share * balance
-                self.accelerator.backward(loss)
-            parts = (losses, tokens.entropy, tokens.is_top1.float())
-            sums += torch.stack([part.detach().sum() for part in parts])
-        if processes > 1:
-            sums = self.accelerator.reduce(sums, reduction="sum")
-        mean_loss, entropy, accuracy = (sums / n_tokens).unbind()
-        self._metrics["train"]["entropy"].append(entropy.item())
-        self._metrics["train"]["mean_token_accuracy"].append(accuracy.item())
-        return mean_loss
-
-    def _check(self, losses: Tensor, rows: Sequence[AnswerTree]) -> None:
-        if bool(torch.isfinite(losses).all()):
-            return
-        answer_of = torch.repeat_interleave(
-            torch.arange(len(rows)), torch.tensor([len(row.answers[0]) for row in rows])
-        )
-        bad = answer_of[~torch.isfinite(losses).cpu()].unique().tolist()
-        texts = [self.processing_class.decode(rows[i].answers[0][:20]) for i in bad[:3]]
-        raise TrainingError(
-            f"the loss of {len(bad)} of {len(rows)} rows is not finite at step "
-            f"{self.state.global_step + 1}; nothing was learned from this step. The rows begin with "
-            f"{', '.join(repr(text) for text in texts)}. If it is the first step, the model's weights "
-            "overflow or hold NaN: load it in float32. Later on, lower the learning rate."
-        )
-
-    def floating_point_ops(self, inputs: Mapping[str, _Batch]) -> int:
-        """Six a parameter and token fed, the usual estimate."""
-        fed = sum(tree.n_tokens for tree in inputs["batch"].trees)
-        return 6 * fed * int(base_model(self.model).num_parameters(exclude_embeddings=True))
-
-    def create_model_card(self, *arguments: Any, **options: Any) -> None:
-        """None; `train_sft` writes its own."""
-
-    def _send_telemetry(self) -> None:
-        pass
-
-
-def _collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, _Batch]:
-    trees = []
-    for example in examples:
-        ids, labels = example["input_ids"], example["labels"]
-        n = next(i for i, label in enumerate(labels) if label != _NOT_LEARNED)
-        trees.append(AnswerTree(tuple(ids[:n]), (tuple(ids[n:]),)))
-    return {"batch": _Batch(tuple(trees))}
 
 
 def default_sft_learning_rate(n_parameters: int, tune: Literal["lora", "full"]) -> float:
@@ -436,8 +321,8 @@ def _load(
     return load_model(model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True)
 
 
-def _tokenized(rows: Sequence[Demonstration], tokenizer: Any, max_length: int) -> list[_Row]:
-    found: list[_Row] = []
+def _tokenized(rows: Sequence[Demonstration], tokenizer: Any, max_length: int) -> list[TokenRow]:
+    found: list[TokenRow] = []
     problems: list[str] = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -454,7 +339,7 @@ def _tokenized(rows: Sequence[Demonstration], tokenizer: Any, max_length: int) -
                 f"the prompt alone has {len(ids.prompt_ids)} tokens" if room < 1 else "no answer"
             )
             problems.append(f"row {number} ({row.title!r}; {row.source}): {problem}")
-        found.append(_Row(ids.prompt_ids, ids.answer_ids[:room], len(ids.answer_ids) > room))
+        found.append(TokenRow(ids.prompt_ids, ids.answer_ids[:room], len(ids.answer_ids) > room))
     if problems:
         raise DataError(
             f"{len(problems)} row(s) have nothing to learn at max_length={max_length}. Raise "
@@ -466,15 +351,18 @@ def _tokenized(rows: Sequence[Demonstration], tokenizer: Any, max_length: int) -
 
 def _make_trainer(
     loaded: LanguageModel,
-    rows: Sequence[_Row],
+    rows: Sequence[TokenRow],
     settings: SFTSettings,
     lora: LoRASettings,
     checkpoint_dir: Path,
     progress: bool,
 ) -> SFTTrainer:
     import datasets
+    import torch
+    import trl
 
     from prefopt.training.callbacks import ProgressBar
+    from prefopt.training.sft_trainer import SFTTrainer, token_columns
 
     steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
     every = max(1, int(steps / 200))
@@ -515,19 +403,12 @@ def _make_trainer(
         micro_batch_tokens=settings.micro_batch_tokens,
         model=loaded.model,
         args=args,
-        train_dataset=datasets.Dataset.from_list([_columns(row) for row in rows]),
+        train_dataset=datasets.Dataset.from_list([token_columns(row) for row in rows]),
         processing_class=loaded.tokenizer,
         peft_config=lora_config(lora) if wants_adapter else None,
     )
     ProgressBar(description="training (SFT)", unit="row", show=progress).attach(trainer)
     return trainer
-
-
-def _columns(row: _Row) -> dict[str, list[int]]:
-    return {
-        "input_ids": [*row.prompt_ids, *row.answer_ids],
-        "labels": [_NOT_LEARNED] * len(row.prompt_ids) + list(row.answer_ids),
-    }
 
 
 def _points(log_history: Iterable[Mapping[str, Any]]) -> tuple[SFTPoint, ...]:

@@ -25,6 +25,7 @@ from prefopt.training.sft import (
     load_sft_log,
     train_sft,
 )
+from prefopt.training.sft_trainer import SFTTrainer, token_columns
 from prefopt.types import Prompt
 from tests.tiny_models import TEMPLATES, save_tiny_model, tiny_tokenizer
 
@@ -63,7 +64,7 @@ def learned_text(template, row):
     """What the labels of a row spell: the tokens that are learned."""
     tokenizer = tiny_tokenizer(template)
     (found,) = module._tokenized([row], tokenizer, 256)
-    columns = module._columns(found)
+    columns = token_columns(found)
     kept = [label for label in columns["labels"] if label != -100]
     assert columns["input_ids"][-len(kept) :] == kept
     return tokenizer.decode(kept), kept[-1] == tokenizer.eos_token_id
@@ -127,7 +128,7 @@ def test_the_gradient_is_that_of_trls_own_step(tiny_model, tmp_path):
         trainer = module._make_trainer(model, rows, settings, LORA, tmp_path / "c", False)
         args = trainer.args
         if not ours:
-            dataset = datasets.Dataset.from_list([module._columns(row) for row in rows])
+            dataset = datasets.Dataset.from_list([token_columns(row) for row in rows])
             model = load_model(tiny_model)
             trainer = trl.SFTTrainer(
                 model=model.model,
@@ -221,18 +222,18 @@ def test_full_fine_tuning_saves_a_whole_model_and_resumes_too(tiny_model, tmp_pa
         p.numel() for p in load_model(str(whole.folder)).model.parameters()
     )
     stopped = tmp_path / "resumed.checkpoints"
-    original = module.SFTTrainer.training_step
+    original = SFTTrainer.training_step
 
     def broken(self, *arguments, **options):
         if self.state.global_step == 1:
             raise KeyboardInterrupt
         return original(self, *arguments, **options)
 
-    monkeypatch.setattr(module.SFTTrainer, "training_step", broken)
+    monkeypatch.setattr(SFTTrainer, "training_step", broken)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_model, tmp_path / "resumed", settings=settings, lora=None)
     assert (stopped / "checkpoint-1").exists()
-    monkeypatch.setattr(module.SFTTrainer, "training_step", original)
+    monkeypatch.setattr(SFTTrainer, "training_step", original)
     resumed = train(tiny_model, tmp_path / "resumed", settings=settings, lora=None)
     assert_same_weights(weights(whole.folder, "model"), weights(resumed.folder, "model"))
     assert resumed.points == whole.points
