@@ -32,7 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -787,6 +787,12 @@ def main() -> int:
                 pool.submit(measure_seed, part, seed, options.cache, options.only)
                 for seed in options.seeds
             ]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # say it now, not after hours
+                raise
             found = [job.result() for job in jobs]
         if options.only:
             continue
