@@ -374,6 +374,23 @@ def test_a_model_in_bf16_is_scored_as_trees():
         assert (found - alone(model)).abs().max() < 0.1
 
 
+def test_a_model_that_was_trained_under_autocast_is_scored_as_trees_again(caplog):
+    """Accelerate leaves its wrapper on it, so its own logits are rounded too."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model = family("Llama")
+    AcceleratorState._reset_state()
+    try:
+        Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    again = copy.deepcopy(model)
+    with caplog.at_level(logging.WARNING):
+        assert choose_scoring(again).way == "tree"
+    assert not caplog.text
+
+
 def test_dropout_is_on_in_training_and_off_in_evaluation():
     model = AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(**COMMON, attention_dropout=0.5)
