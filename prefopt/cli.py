@@ -398,6 +398,63 @@ def advise(
     print(f"Kept in {out}/advice.md")
 
 
+def history_add(folders: str | list[str], history: str, series: str = "") -> None:
+    """Keep evaluations in a history: their figures and every judged pair.
+
+    Example: prefopt history add --folders report --history evaluations.sqlite --series support-bot
+
+    Args:
+        folders: what `prefopt evaluate` or `prefopt run` wrote; several as "[one, two]", oldest first.
+        history: the file to keep them in; made if it is not there.
+        series: what they belong to; evaluations of one series are compared with each other.
+    """
+    from prefopt.evaluation.dashboard import evaluation_line
+    from prefopt.evaluation.history import History
+
+    with History(history) as kept:
+        for folder in [folders] if isinstance(folders, str) else folders:
+            print(evaluation_line(kept.add(folder, series=series)))
+
+
+def history_list(history: str, series: str | None = None) -> None:
+    """List the evaluations of a history, and what changed from one to the next.
+
+    Example: prefopt history list --history evaluations.sqlite
+
+    Args:
+        history: the file.
+        series: only this one.
+    """
+    from prefopt.evaluation.dashboard import change_line, evaluation_line
+    from prefopt.evaluation.history import History
+
+    with History(history, create=False) as kept:
+        for name in kept.series() if series is None else [series]:
+            changes = kept.changes(name)
+            for evaluation in kept.evaluations(name):
+                print(evaluation_line(evaluation))
+                if evaluation.number in changes:
+                    print(f"      {change_line(changes[evaluation.number])}")
+
+
+def history_serve(history: str, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Show a history in the browser: trends, changes, and every judged pair.
+
+    Example: prefopt history serve --history evaluations.sqlite
+
+    Args:
+        history: the file.
+        host: address to listen at. The default is reachable from this machine only; the pages have
+            no login.
+        port: port to listen at.
+    """
+    from prefopt.evaluation.dashboard import serve_dashboard
+    from prefopt.evaluation.history import History
+
+    with History(history, create=False) as kept:
+        serve_dashboard(kept, host=host, port=port)
+
+
 def run(config: FlowConfig, on_change: Literal["refuse", "redo"]) -> None:
     """The whole way: sample, judge, train, report, in one folder that can be stopped and continued.
 
@@ -478,7 +535,7 @@ def bedrock_create(
     validation: str | None = None,
     name: str | None = None,
     region: str | None = None,
-    hyperparameters: dict[str, str] | None = None,
+    hyperparameters: dict[str, int | float | str] | None = None,
     usd_per_million_tokens: float | None = None,
     yes: bool = False,
 ) -> None:
@@ -635,6 +692,21 @@ Every question, reply and dollar is kept in labels/judgements.sqlite; nothing is
 """
 
 
+_HISTORY_STEPS: dict[str, Callable[..., None]] = {
+    "add": history_add,
+    "list": history_list,
+    "serve": history_serve,
+}
+
+_HISTORY_DESCRIPTION = """\
+Evaluations over time, in one file.
+
+  prefopt history add   --folders report --history evaluations.sqlite --series support-bot
+  prefopt history list  --history evaluations.sqlite       figures, and what changed
+  prefopt history serve --history evaluations.sqlite       the same in the browser, pair by pair
+"""
+
+
 def build_parser() -> Any:
     """The argument parser of all commands; options come from the signatures above."""
     parser = _parser("prefopt COMMAND [options]", _DESCRIPTION)
@@ -678,6 +750,17 @@ def build_parser() -> Any:
             "models": "",
         }
         sub = _command(function, f"bedrock {name} {needed.get(name, '--out FOLDER')}".rstrip())
+        sub.add_function_arguments(function, as_group=False, skip={"yes"})
+        if function is bedrock_create:
+            consent = "consent to what is said of the cost, and begin"
+            sub.add_argument("--yes", action="store_true", help=consent)
+        steps.add_subcommand(name, sub, help=_summary(function))
+    past = _parser("prefopt history COMMAND [options]", _HISTORY_DESCRIPTION)
+    commands.add_subcommand("history", past, help="Evaluations over time: prefopt history --help")
+    steps = past.add_subcommands(required=True, dest="step")
+    for name, function in _HISTORY_STEPS.items():
+        files = "--folders FOLDER --history FILE" if name == "add" else "--history FILE"
+        sub = _command(function, f"history {name} {files}")
         sub.add_function_arguments(function, as_group=False)
         steps.add_subcommand(name, sub, help=_summary(function))
     train = _parser("prefopt train METHOD [options]", "Train on preferences.")
@@ -786,6 +869,10 @@ def _dispatch(parsed: Any) -> None:
     if name == "bedrock":
         values = {k: v for k, v in vars(options[options.step]).items() if k != "config"}
         _BEDROCK_STEPS[options.step](**values)
+        return
+    if name == "history":
+        values = {k: v for k, v in vars(options[options.step]).items() if k != "config"}
+        _HISTORY_STEPS[options.step](**values)
         return
     if name == "train":
         name, options = f"train_{options.method}", options[options.method]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -121,6 +121,25 @@ def svg_panels(report: EvalReport) -> dict[str, Panel]:
                 description=_ends(report, name),
             )
     return panels
+
+
+def trend_svg(rates: Sequence[tuple[float, float, float]]) -> str:
+    """Win rates over time as SVG: (rate, low, high) of each evaluation, oldest first."""
+
+    def draw(axes: Any, _: Any) -> None:
+        places = range(1, len(rates) + 1)
+        axes.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=(0, (3, 2)))
+        for place, (_rate, low, high) in zip(places, rates, strict=True):
+            axes.plot([place, place], [low, high], color=WIN, linewidth=2)
+        values = [rate for rate, _, _ in rates]
+        axes.plot(places, values, color=INK, linewidth=1.2, marker="o", markersize=5)
+        axes.set_ylim(0, 1)
+        axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+        axes.set_xlim(0.5, len(rates) + 0.5)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+
+    return _svg("trend", 7.0, 1.8, draw, None)
 
 
 def draw_result(axes: Any, report: EvalReport) -> None:
@@ -245,7 +264,7 @@ def _draw_logps(axes: Any, report: EvalReport) -> None:
     axes.margins(y=0.28)
 
 
-_Draw = Callable[[Any, "EvalReport"], None]
+_Draw = Callable[[Any, Any], None]
 _CURVES: tuple[tuple[str, str, str, _Draw], ...] = (
     (
         "margin",
@@ -320,7 +339,7 @@ def _dressed(axes: Any) -> Any:
     return axes
 
 
-def _svg(name: str, width: float, height: float, draw: _Draw, report: EvalReport) -> str:
+def _svg(name: str, width: float, height: float, draw: _Draw, report: EvalReport | None) -> str:
     import matplotlib
 
     figure = _figure(width, height)

@@ -1,0 +1,322 @@
+"""A history: what goes in comes out, changes are tested, nothing is half written; and its pages."""
+
+import re
+import sqlite3
+
+import msgspec
+import pytest
+from starlette.testclient import TestClient
+
+from prefopt.cli import main
+from prefopt.data.records import write_records
+from prefopt.errors import DataError, PrefoptError
+from prefopt.evaluation.dashboard import dashboard, serve_dashboard, word_changes
+from prefopt.evaluation.eval_report import build_report
+from prefopt.evaluation.history import History, PairFilter
+from prefopt.types import Candidate, Comparison, JudgedComparison, Prompt, Verdict
+
+EVIL = "<script>alert('x')</script> & \"quotes\" 100%_done"
+
+
+def verdict(grade, shown_first):
+    if isinstance(grade, str):
+        return Verdict(judge="judge-1", failure=grade, shown_first=shown_first)
+    preferred = "tie" if grade == 0 else "a" if grade > 0 else "b"
+    return Verdict(
+        judge="judge-1",
+        preferred=preferred,
+        strength=abs(grade),
+        shown_first=shown_first,
+        rationale=f"because {grade} with {shown_first} first",
+    )
+
+
+def judged(number, forward, backward=None, *, after="after", category=""):
+    prompt = Prompt.from_text(f"question {number}", category)
+    return JudgedComparison(
+        comparison=Comparison(
+            a=Candidate(prompt=prompt, text=after, model="tuned"),
+            b=Candidate(prompt=prompt, text=f"before {number}", model="base"),
+        ),
+        forward=verdict(forward, "a"),
+        backward=verdict(forward if backward is None else backward, "b"),
+    )
+
+
+def evaluation(folder, pairs, **about):
+    write_records(folder / "judged.jsonl", pairs)
+    (folder / "report.json").write_bytes(msgspec.json.encode(build_report(pairs, **about)))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pairs = [
+        judged(1, 2, after="It is blue.", category="colours"),
+        judged(2, -1, after=EVIL, category="other"),
+        judged(3, 1, -1, after="It is blue too."),
+        judged(4, "refused"),
+    ]
+    return evaluation(tmp_path / "first", pairs, title="First")
+
+
+@pytest.fixture
+def history(tmp_path):
+    with History(tmp_path / "deep" / "h.sqlite") as kept:
+        yield kept
+
+
+def test_what_goes_in_comes_out_and_only_once(history, folder):
+    found = history.add(folder, series="bot")
+    assert history.add(folder, series="bot") == found
+    assert history.evaluations() == history.evaluations("bot") == [found]
+    assert history.evaluations("other") == []
+    assert (found.title, found.n, found.n_unscored, found.source) == ("First", 3, 1, "first")
+    assert (found.tuned_model, found.base_model, found.judge) == ("tuned", "base", "judge-1")
+    assert found.win_rate == pytest.approx(0.5)
+    pairs, total = history.pairs(found.number)
+    assert total == 4
+    assert [p.result for p in pairs] == ["win", "loss", "tie", "unscored"]
+    assert [p.flipped for p in pairs] == [False, False, True, False]
+    pair, both = history.pair(found.number, 3)
+    assert pair.after == "It is blue too."
+    reasons = [v.rationale for v in both.verdicts]
+    assert reasons == ["because 1 with a first", "because -1 with b first"]
+    assert history.report(found.number).answers == ()
+    # Another series is another entry; removing one leaves the other whole.
+    second = history.add(folder, series="copy")
+    history.remove(found.number)
+    assert history.evaluations() == [second]
+    assert history.pairs(second.number)[1] == 4
+    with pytest.raises(DataError, match="no evaluation 1"):
+        history.evaluation(1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "places"),
+    [
+        (PairFilter(text="BLUE"), [1, 3]),
+        (PairFilter(text="100%_done"), [2]),  # signs of LIKE are plain text
+        (PairFilter(text="before 4"), [4]),
+        (PairFilter(text="question", result="win"), [1]),
+        (PairFilter(result="unscored"), [4]),
+        (PairFilter(category="other"), [2]),
+        (PairFilter(flipped=True), [3]),
+        (PairFilter(text="'; DROP TABLE pairs; --"), []),
+    ],
+)
+def test_pairs_are_found(history, folder, wanted, places):
+    number = history.add(folder).number
+    found, total = history.pairs(number, wanted)
+    assert [p.number for p in found] == places
+    assert total == len(places)
+    assert [p.number for p in history.pairs(number, wanted, offset=1, limit=1)[0]] == places[1:2]
+
+
+def test_a_run_folder_and_a_report_alone_are_read(history, folder, tmp_path):
+    run = tmp_path / "run"
+    (run / "report").mkdir(parents=True)
+    (folder / "report.json").rename(run / "report" / "report.json")
+    (folder / "judged.jsonl").rename(run / "judged_held_out.jsonl")
+    number = history.add(run).number
+    assert history.pair(number, 1)[1] is not None
+    (run / "judged_held_out.jsonl").unlink()
+    number = history.add(run, series="without verdicts").number
+    pair, both = history.pair(number, 1)
+    assert both is None
+    assert pair.rationales
+
+
+def test_what_does_not_belong_together_is_refused_and_leaves_no_trace(history, folder):
+    lines = (folder / "judged.jsonl").read_bytes().splitlines(keepends=True)
+    for content in (lines[:3], [*lines, lines[0]], [lines[1], lines[0], *lines[2:]]):
+        (folder / "judged.jsonl").write_bytes(b"".join(content))
+        with pytest.raises(DataError, match="does not hold the pairs of the report"):
+            history.add(folder)
+    assert history.evaluations() == []
+    with pytest.raises(DataError, match="holds no evaluation"):
+        history.add(folder.parent / "nowhere")
+    (folder / "report.json").write_text('{"schema": "something else"}')
+    with pytest.raises(DataError, match="is no report of an evaluation"):
+        history.add(folder)
+
+
+def test_files_that_are_no_history_are_refused(tmp_path):
+    with pytest.raises(DataError, match="there is no history"):
+        History(tmp_path / "none", create=False)
+    (tmp_path / "text").write_text("not a database " * 100)
+    with pytest.raises(DataError, match="as a history"):
+        History(tmp_path / "text")
+    other = sqlite3.connect(tmp_path / "other.sqlite")
+    other.execute("CREATE TABLE t (x)")
+    other.commit()
+    with pytest.raises(DataError, match="no history of prefopt's"):
+        History(tmp_path / "other.sqlite")
+    with History(tmp_path / "h") as kept:
+        kept._db.execute("PRAGMA user_version = 99")
+    with pytest.raises(DataError, match="newer prefopt"):
+        History(tmp_path / "h")
+
+
+def grades(history, tmp_path, name, given, **about):
+    pairs = [judged(i, grade, after=f"{name} {i}") for i, grade in given.items()]
+    return history.add(evaluation(tmp_path / name, pairs, title=name, **about), series="s").number
+
+
+def test_a_change_is_a_sign_test_over_shared_prompts(history, tmp_path):
+    first = grades(history, tmp_path, "one", {i: 1 if i < 10 else -1 for i in range(20)})
+    # Prompts 0 to 7 fell from won to lost; 100 and up are new and count for nothing.
+    fallen = {i: 1 if 8 <= i < 10 else -1 for i in range(20)} | {i: 1 for i in range(100, 140)}
+    second = grades(history, tmp_path, "two", fallen)
+    change = history.change(first, second)
+    assert (change.verdict, change.n_shared, change.n_better, change.n_worse) == ("worse", 20, 0, 8)
+    assert change.p_value == pytest.approx(2 * 0.5**8)
+    assert change.difference == pytest.approx(-8 / 20)
+    back = history.change(second, first)
+    assert (back.verdict, back.n_better, back.p_value) == ("better", 8, change.p_value)
+    same = history.change(first, first)
+    assert (same.verdict, same.p_value) == ("unclear", 1.0)
+    assert history.changes("s") == {second: change}
+
+
+def test_what_cannot_be_compared_says_why(history, tmp_path):
+    first = grades(history, tmp_path, "one", {1: 1, 2: 1})
+    other_judge = grades(history, tmp_path, "two", {1: 1, 2: -1}, judge="judge-2")
+    other_base = grades(history, tmp_path, "three", {1: 1, 2: -1}, base_model="another")
+    other_prompts = grades(history, tmp_path, "four", {8: 1, 9: -1})
+    assert history.change(first, other_judge).reason == "another judge"
+    assert history.change(first, other_base).reason == "another baseline"
+    assert history.change(first, other_prompts).reason == "no prompt was scored in both"
+
+
+def test_answers_that_got_worse_come_first(history, tmp_path):
+    first = grades(history, tmp_path, "one", {1: 1, 2: 0, 3: -1, 4: "refused"})
+    second = grades(history, tmp_path, "two", {1: -1, 2: 0, 3: 1, 4: 1, 5: 1})
+    found, total = history.answer_changes(first, second)
+    assert total == 4
+    assert [a.prompt for a in found] == ["question 1", "question 2", "question 3", "question 4"]
+    assert (found[0].earlier, found[0].later) == ("one 1", "two 1")
+    assert (found[3].earlier_points, found[3].later_points) == (None, 1.0)
+    worse, n = history.answer_changes(first, second, which="worse")
+    assert ([a.prompt for a in worse], n) == (["question 1"], 1)
+    assert history.answer_changes(first, second, which="better")[0][0].prompt == "question 3"
+
+
+def test_word_changes_put_together_are_both_texts():
+    earlier, later = "The sky is blue, mostly.", "The sky was blue,  mostly so."
+    pieces = word_changes(earlier, later)
+    assert "".join(p.text for p in pieces if p.change != "added") == earlier
+    assert "".join(p.text for p in pieces if p.change != "removed") == later
+    assert word_changes("same", "same") == [("same", "same")]
+    assert word_changes("", "") == []
+
+
+@pytest.fixture
+def client(history, folder, tmp_path):
+    history.add(folder, series=EVIL)
+    grades(history, tmp_path, "one", {i: 1 for i in range(60)})
+    grades(history, tmp_path, "two", {i: -1 for i in range(60)})
+    return TestClient(dashboard(history), base_url="http://localhost")
+
+
+def test_every_page_is_there_and_what_models_wrote_is_escaped(client):
+    pages = [
+        "/", "/evaluations/1", "/evaluations/1/pairs/2", "/evaluations/1/pairs/4", "/changes/2/3",
+        "/changes/2/3?which=worse&page=3", "/evaluations/2?page=2", "/evaluations/2?page=-1",
+        "/evaluations/1?text=%3Cscript%3E&result=loss", "/evaluations/1?result=nonsense",
+    ]  # fmt: skip
+    for page in pages:
+        answer = client.get(page)
+        assert answer.status_code == 200, page
+        assert "<script" not in answer.text, page
+        assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+        assert not re.findall(r'(?:src|href)="(?!/|\?|#)', answer.text), page  # loads nothing
+    assert "▼ Worse" in client.get("/").text
+    assert "&lt;script&gt;" in client.get("/evaluations/1/pairs/2").text
+    assert "Before shown first: before is better" in client.get("/evaluations/1/pairs/2").text
+    assert "no verdict: refused" in client.get("/evaluations/1/pairs/4").text
+    assert "<del>one</del><ins>two</ins>" in client.get("/changes/2/3").text
+
+
+def test_links_lead_on_from_every_page(client):
+    seen, todo = set(), ["/"]
+    while todo:
+        page = todo.pop()
+        if page in seen or len(seen) > 300:
+            continue
+        seen.add(page)
+        answer = client.get(page)
+        assert answer.status_code == 200, page
+        path = page.split("?")[0]
+        for link in re.findall(r'href="([^"#]+)"', answer.text):
+            link = link.replace("&amp;", "&")
+            todo.append(path + link if link.startswith("?") else link)
+    assert {"/evaluations/3/pairs/60", "/changes/2/3", "/evaluations/3?page=2"} <= seen
+
+
+def test_what_is_not_there_is_said_in_words(client):
+    for page, words in (
+        ("/evaluations/9", "no evaluation 9"), ("/evaluations/1/pairs/9", "no pair 9"),
+        ("/changes/1/9", "no evaluation 9"), ("/nonsense", "no such page"),
+    ):  # fmt: skip
+        answer = client.get(page)
+        assert answer.status_code == 404
+        assert words in answer.text
+
+
+def test_another_sites_name_for_this_machine_is_refused(history):
+    client = TestClient(dashboard(history), base_url="http://evil.example")
+    assert client.get("/").status_code == 400
+
+
+def test_a_history_without_evaluations_says_how_to_begin(history):
+    client = TestClient(dashboard(history), base_url="http://localhost")
+    assert "prefopt history add" in client.get("/").text
+
+
+def test_a_taken_port_is_said_in_words(history, monkeypatch):
+    import uvicorn
+
+    def taken(*_, **__):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(uvicorn, "run", taken)
+    with pytest.raises(PrefoptError, match="is the port taken"):
+        serve_dashboard(history)
+
+
+def test_the_commands(folder, tmp_path, capsys):
+    file = str(tmp_path / "cli.sqlite")
+    assert main(["history", "list", "--history", file]) == 1
+    assert "there is no history" in capsys.readouterr().err
+    add = ["history", "add", "--history", file, "--series", "bot", "--folders"]
+    assert main([*add, str(folder)]) == 0
+    second = evaluation(tmp_path / "second", [judged(i, -1) for i in (1, 2, 3)])
+    assert main([*add, f"[{folder}, {second}]"]) == 0
+    capsys.readouterr()
+    assert main(["history", "list", "--history", file]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3  # two evaluations and the change between them
+    assert "no change shown: 0 of 3 shared prompts better, 2 worse (p = 0.5)" in lines[2]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_pairs_are_served_in_no_time(tmp_path):
+    import time
+
+    pairs = [
+        judged(i, 1 if i % 3 else -1, after=f"answer {i} " + "word " * 40) for i in range(100_000)
+    ]
+    with History(tmp_path / "h") as kept:
+        kept.add(evaluation(tmp_path / "a", pairs), series="s")
+        kept.add(evaluation(tmp_path / "b", pairs[::-1]), series="s")
+        client = TestClient(dashboard(kept), base_url="http://localhost")
+        for page in (
+            "/", "/evaluations/1?text=answer+99999+&page=1", "/evaluations/1?page=2000",
+            "/evaluations/1/pairs/77777", "/changes/1/2",
+        ):  # fmt: skip
+            started = time.perf_counter()
+            assert client.get(page).status_code == 200
+            spent = time.perf_counter() - started
+            print(f"{page}: {spent:.2f} s")
+            assert spent < 5, page
