@@ -128,6 +128,8 @@ class ProgressBar(transformers.TrainerCallback):
         shown = {
             "loss": "loss {:.3f}",
             "rewards/margins": "margin {:.2f}",
+            "objective/scores": "score {:.2f}",
+            "objective/kl": "KL {:.1f}",
             "eval_rewards/accuracies": "held-out {:.0%}",
         }
         self._notes.update({k: text.format(logs[k]) for k, text in shown.items() if k in logs})

@@ -869,6 +869,17 @@ class _CheckpointsBetweenRollouts(transformers.TrainerCallback):
     def __init__(self) -> None:
         self._wanted = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave of an earlier run's answers those that this run builds on."""
+        path = Path(args.output_dir) / ROLLOUTS_FILE
+        if path.exists() and args.should_save:
+            kept = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                with contextlib.suppress(msgspec.MsgspecError):  # a kill may tear the last one
+                    if msgspec.json.decode(line, type=LoggedAnswer).step < state.global_step:
+                        kept.append(line)
+            path.write_bytes(b"".join(kept))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % args.steps_per_rollout:
             self._wanted |= control.should_save

@@ -1,0 +1,383 @@
+"""Prompts and a reward -> a LoRA adapter in a folder, trained with PPO.
+
+    objective: E[score(x, y)] - beta KL(pi || ref)
+
+(Ziegler et al. 2019, arXiv:1909.08593). The loop and the roles are `PPOTrainer`'s; this module
+gives it token ids whose boundaries `prefopt.chat` decided, puts policy, value and reward on one
+base model, writes adapter, card and log, and continues a killed run from its last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from prefopt.chat import tokenize_prompt
+from prefopt.errors import DataError
+from prefopt.judges import Judge
+from prefopt.models import (
+    Device,
+    DType,
+    LanguageModel,
+    LoRASettings,
+    adapter_fingerprint,
+    load_model,
+    lora_config,
+    model_fingerprint,
+)
+from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
+from prefopt.training.health import HealthNote
+from prefopt.training.ppo_health import PPOPoint, ppo_points
+from prefopt.types import Prompt, content_hash
+
+if TYPE_CHECKING:
+    from prefopt.training.reward_model import RewardModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """How a policy is trained; `prefopt.PPOConfig` says where each default comes from.
+
+    Args:
+        rollouts: rollout batches: each samples, scores, and takes `epochs * mini_batches` steps.
+        prompts_per_rollout: prompts of a rollout batch.
+        answers_per_prompt: answers to each, which share the prompt's computation. The two multiply
+            to the rollout batch's size, for which 256 and more is common.
+        max_new_tokens: an answer is cut off here.
+        temperature: of sampling, and of all log-probabilities.
+        kl_coef: beta, what a nat of KL costs.
+        kl_target: nats an answer that beta is adapted to hold; None keeps it fixed.
+        advantage: `gae` with a learned value; `rloo` and `grpo` compare the answers to a prompt.
+        learning_rate: of the policy; None takes 5e-5.
+        value_learning_rate: None takes the policy's.
+        epochs: passes over each rollout batch.
+        mini_batches: optimiser steps of each pass.
+        missing_eos_penalty: taken off the score of an answer that was cut off; None takes off nothing.
+        cliprange_value: how far a value may move on a rollout batch, in units of the score.
+        micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
+            16,384 on a GPU. It decides about memory and never about the result.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, slower.
+        evaluate_every: rollout batches between answers to held-out prompts; None takes a tenth of
+            the run.
+        checkpoint_every: rollout batches between checkpoints; None takes a tenth of the run.
+        seed: of the adapters' weights, the prompts' order and the sampling.
+        report_to: trackers that transformers knows ("tensorboard", "wandb", "trackio").
+    """
+
+    rollouts: int = 100
+    prompts_per_rollout: int = 64
+    answers_per_prompt: int = 4
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    kl_coef: float = 0.05
+    kl_target: float | None = None
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    learning_rate: float | None = None
+    value_learning_rate: float | None = None
+    epochs: int = 4
+    mini_batches: int = 1
+    missing_eos_penalty: float | None = 1.0
+    cliprange_value: float | None = 0.2
+    micro_batch_tokens: int | None = None
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, got {getattr(self, name)}"
+            for name in (
+                "rollouts", "prompts_per_rollout", "answers_per_prompt", "max_new_tokens", "epochs",
+                "mini_batches", "evaluate_every", "checkpoint_every",
+            )
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]  # fmt: skip
+        if self.advantage != "gae" and self.answers_per_prompt < 2:
+            problems.append(f"{self.advantage} needs answers_per_prompt of at least 2")
+        if problems:
+            raise ValueError("PPO settings: " + "; ".join(problems) + ".")
+
+
+class PPOResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished training: where the adapter is and what the log says."""
+
+    adapter: Path
+    reference: str
+    n_prompts: int
+    n_answers: int
+    n_parameters_trained: int
+    learning_rate: float
+    points: tuple[PPOPoint, ...]
+    health: tuple[HealthNote, ...]
+
+
+def train_ppo(
+    prompts: Sequence[Prompt],
+    model: str | LanguageModel,
+    reward: RewardModel | str | Path | Judge | Callable[..., Sequence[float | None]],
+    out: str | Path,
+    *,
+    held_out: Sequence[Prompt] = (),
+    settings: PPOSettings | None = None,
+    lora: LoRASettings | None = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    checkpoints: str | Path | None = None,
+    progress: bool = True,
+) -> PPOResult:
+    """Train a LoRA adapter with PPO and save it in `out`.
+
+    The reference is the base model (adapter off), or, when `lora.continue_from` is given, a frozen
+    copy of that adapter as it was before training. The value is saved in `out/value`, a sample of
+    the answers that were learned from in `out/rollouts.jsonl`.
+
+    Args:
+        prompts: what is answered.
+        model: a name, or a loaded model (which gets the adapters attached).
+        reward: a `RewardModel` or its folder, a judge, or a function of prompts and answers; see
+            `prefopt.training.answer_rewards.reward_source`.
+        out: folder for the adapter, its model card and `training_log.jsonl`.
+        held_out: prompts that are answered and scored at times; training does not see them.
+        settings: see `PPOSettings`.
+        lora: see `LoRASettings`; `continue_from` is usually the adapter that `train_sft` made.
+        device: where to train when `model` is a name.
+        dtype: of the base weights when `model` is a name; adapters are float32.
+        checkpoints: folder for checkpoints, default `<out>.checkpoints`. A call with the same
+            arguments continues from the last whole one and ends with the same weights.
+        progress: show a bar with prompts a second, score, KL and time left.
+
+    Raises:
+        DataError: no prompts, or none that leaves room for an answer.
+        TrainingError: a number is no longer finite, or no answer got a score.
+        ModelError: model, adapter, reward or device cannot be used.
+    """
+    settings, lora, out = settings or PPOSettings(), lora or LoRASettings(), Path(out)
+    if not prompts:
+        raise DataError("there are no prompts to answer.")
+    checkpoint_dir = Path(checkpoints) if checkpoints else out.with_name(out.name + ".checkpoints")
+    claim_checkpoints(
+        checkpoint_dir,
+        [
+            "ppo",
+            model_fingerprint(model if isinstance(model, str) else model.base),
+            _reward_identity(reward),
+            [p.prompt_id for p in prompts],
+            [p.prompt_id for p in held_out],
+            msgspec.to_builtins(settings),
+            msgspec.to_builtins(lora),
+            lora.continue_from and adapter_fingerprint(lora.continue_from),
+        ],
+    )
+    loaded = model
+    if isinstance(loaded, str):
+        loaded = load_model(
+            loaded, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True
+        )
+    if isinstance(reward, str | Path):
+        reward = _load_reward(reward, loaded)
+    trainer, watch = _make_trainer(
+        loaded, reward, prompts, held_out, settings, lora, checkpoint_dir, progress
+    )
+    resume = last_whole_checkpoint(checkpoint_dir)
+    if resume is not None:
+        logger.warning("continuing from %s", resume.name)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    roles = trainer.roles
+    result = PPOResult(
+        adapter=out,
+        reference=str(roles.reference),
+        n_prompts=len(trainer.train_dataset),
+        n_answers=trainer.n_answers,
+        n_parameters_trained=sum(
+            p.numel() for p in (*roles.policy_parameters(), *roles.value_parameters())
+        ),
+        learning_rate=trainer.args.learning_rate,
+        points=ppo_points(trainer.state.log_history),
+        health=watch.diagnosis(trainer.args),
+    )
+    _save(trainer, loaded, result, settings)
+    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    return result
+
+
+def load_ppo_log(adapter: str | Path) -> tuple[PPOPoint, ...]:
+    """The rollout batches that `train_ppo` wrote beside an adapter."""
+    from prefopt.data.records import read_records
+
+    return tuple(read_records(Path(adapter) / "training_log.jsonl", PPOPoint))
+
+
+def _load_reward(folder: str | Path, loaded: LanguageModel) -> RewardModel:
+    """On the policy's base where its file says that it was trained on it."""
+    from prefopt.training.reward_model import RewardModel
+
+    file = Path(folder) / "reward_model.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    same = said.get("base") is not None and said["base"] == loaded.base
+    if same:
+        return RewardModel.load(folder, base=loaded.model)
+    device: Any = loaded.device.type
+    return RewardModel.load(folder, device=device)
+
+
+def _reward_identity(reward: Any) -> str:
+    """Something that changes with the reward, as far as that can be known."""
+    from prefopt.training.reward_model import RewardModel
+
+    if isinstance(reward, str | Path):
+        return adapter_fingerprint(str(reward))
+    if isinstance(reward, Judge):
+        return reward.fingerprint
+    if isinstance(reward, RewardModel):
+        return content_hash([reward.base, reward.bias, reward.head.weight.tolist()])
+    return f"{getattr(reward, '__module__', '')}.{getattr(reward, '__qualname__', type(reward))}"
+
+
+def _make_trainer(
+    loaded: LanguageModel,
+    reward: Any,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    settings: PPOSettings,
+    lora: LoRASettings,
+    checkpoint_dir: Path,
+    progress: bool,
+) -> tuple[Any, Any]:
+    from prefopt.training.callbacks import ProgressBar
+    from prefopt.training.ppo_callbacks import PPOHealthWatch
+    from prefopt.training.ppo_trainer import PPOConfig, PPOTrainer
+    from prefopt.training.tree_model import is_wrapped
+
+    per_rollout = settings.epochs * settings.mini_batches
+    tenth = max(1, settings.rollouts // 10)
+    on_cpu = loaded.device.type == "cpu"
+    args = PPOConfig(
+        output_dir=str(checkpoint_dir),
+        num_rollouts=settings.rollouts,
+        per_device_train_batch_size=settings.prompts_per_rollout,
+        num_generations=settings.answers_per_prompt,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        kl_coef=settings.kl_coef,
+        kl_target=settings.kl_target,
+        advantage_estimator=settings.advantage,
+        learning_rate=settings.learning_rate,
+        value_learning_rate=settings.value_learning_rate,
+        num_ppo_epochs=settings.epochs,
+        num_mini_batches=settings.mini_batches,
+        missing_eos_penalty=settings.missing_eos_penalty,
+        cliprange_value=settings.cliprange_value,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        lr_scheduler_type="linear",
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=(settings.evaluate_every or tenth) * per_rollout,
+        save_strategy="steps",
+        save_steps=(settings.checkpoint_every or tenth) * per_rollout,
+        save_total_limit=2,
+        logging_steps=per_rollout,
+        seed=settings.seed,
+        bf16=False,
+        fp16=False,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        report_to=list(settings.report_to) or "none",
+    )
+    watch = PPOHealthWatch()
+    trainer = PPOTrainer(
+        model=loaded.model,
+        reward=reward,
+        args=args,
+        train_dataset=_rows(prompts, loaded.tokenizer),
+        eval_dataset=_rows(held_out, loaded.tokenizer) if held_out else None,
+        processing_class=loaded.tokenizer,
+        peft_config=None if is_wrapped(loaded.model) else lora_config(lora),
+        callbacks=[watch],
+    )
+    ProgressBar(description="training (PPO)", unit="prompt", show=progress).attach(trainer)
+    logger.info("the PPO reference is %s; %d prompts", trainer.roles.reference, len(prompts))
+    return trainer, watch
+
+
+def _rows(prompts: Sequence[Prompt], tokenizer: Any) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt_ids": tokenize_prompt(tokenizer, prompt),
+                "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+                "prompt_id": prompt.prompt_id,
+                "category": prompt.category,
+            }
+            for prompt in prompts
+        ]
+    )
+
+
+def _save(trainer: Any, loaded: LanguageModel, result: PPOResult, settings: PPOSettings) -> None:
+    from prefopt.data.records import write_bytes, write_records
+    from prefopt.training.ppo_trainer import ROLLOUTS_FILE
+
+    with whole_folder(result.adapter) as folder:
+        trainer.roles.save(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        write_records(folder / "training_log.jsonl", result.points)
+        write_bytes(folder / "README.md", _model_card(loaded.base, result, settings).encode())
+        sampled = Path(trainer.args.output_dir) / ROLLOUTS_FILE
+        if sampled.is_file():
+            shutil.copy(sampled, folder / ROLLOUTS_FILE)
+
+
+def _model_card(base: str, result: PPOResult, settings: PPOSettings) -> str:
+    first, last = result.points[0], result.points[-1]
+    notes = "\n".join(f"- {note.level}: {note.message}" for note in result.health)
+    hub = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
+    beta = f"{settings.kl_coef:g}"
+    if settings.kl_target is not None:
+        beta += f", adapted to a KL of {settings.kl_target:g} nats"
+    return f"""---
+{hub}library_name: peft
+pipeline_tag: text-generation
+tags: [prefopt, ppo, rlhf, lora]
+---
+# A LoRA adapter for {base}, tuned with PPO
+
+Trained with [prefopt](https://pypi.org/project/prefopt/) on {result.n_answers:,} answers that it gave
+itself to {result.n_prompts} prompts.
+
+| setting | value |
+|---|---|
+| reference | {result.reference} |
+| beta | {beta} |
+| advantages | {settings.advantage} |
+| rollout batch | {settings.prompts_per_rollout} prompts x {settings.answers_per_prompt} answers,
+{settings.epochs} epochs | | parameters trained | {result.n_parameters_trained:,}, value included |
+| learning rate | {result.learning_rate:g}, linear | | seed | {settings.seed} |
+
+The score went from {first.score:.3f} to {last.score:.3f} at a KL of {last.kl:.2f} nats an answer.
+
+## What the log says
+
+{notes}
+
+## Use
+
+```python
+from prefopt import load_model
+
+model = load_model({base!r}, adapter="path/to/this/folder")
+```
+"""
