@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from prefopt.training.dpo import train_dpo as train_dpo
     from prefopt.training.dpo_trainer import DPOConfig as DPOConfig
     from prefopt.training.dpo_trainer import DPOTrainer as DPOTrainer
+    from prefopt.training.ppo import PPOSettings as PPOSettings
+    from prefopt.training.ppo import train_ppo as train_ppo
+    from prefopt.training.ppo_callbacks import PPOHealthWatch as PPOHealthWatch
     from prefopt.training.ppo_trainer import PPOConfig as PPOConfig
     from prefopt.training.ppo_trainer import PPOTrainer as PPOTrainer
     from prefopt.training.reward import RewardSettings as RewardSettings
@@ -128,6 +131,9 @@ _HOMES = {
     "RewardTrainer": "training.reward_trainer",
     "DPOSettings": "training.dpo",
     "train_dpo": "training.dpo",
+    "PPOHealthWatch": "training.ppo_callbacks",
+    "PPOSettings": "training.ppo",
+    "train_ppo": "training.ppo",
     "PPOConfig": "training.ppo_trainer",
     "PPOTrainer": "training.ppo_trainer",
     "SFTSettings": "training.sft",
