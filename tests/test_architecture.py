@@ -20,7 +20,8 @@ TEXT_SIDE = {
     "judges.agreement", "judges.calibration", "judges.calibrate",
     "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate",
     "evaluation.eval_report", "evaluation.figure",
-    "evaluation.advice", "evaluation.tuning_advice", "training.health", "training.reward_report", "sampling.best_of_n",
+    "evaluation.advice", "evaluation.tuning_advice", "training.health",
+    "training.reward_report", "sampling.best_of_n", "hosted",
 }  # fmt: skip
 MATH_SIDE = {
     "losses", "logprobs", "lora_linear", "fused_layers", "matrix_product", "trees", "tree_attention",
@@ -64,7 +65,8 @@ def test_dependencies_point_one_way(path):
     """types <- text side <- models and sampling <- training and evaluation <- flow <- cli."""
     ranks = {"types": 0, "errors": 0, "progress": 0, "data": 1, "chat": 1, "label_model": 1,
              "labelling": 1, "judging_plan": 1, "preferences": 1,
-             "runs": 2, "models": 2, "hosted": 2, "judges": 3, "sampling": 3, "training": 3, "testing": 3,
+             "runs": 2, "models": 2, "hosted": 2,
+             "judges": 3, "sampling": 3, "training": 3, "testing": 3,
              "evaluation": 4, "label_job": 4, "flow": 5, "cli": 6}  # fmt: skip
     ranks |= dict.fromkeys(MATH_SIDE, 0)
     # Counting wins needs the types only, so that training may report a win rate too.
