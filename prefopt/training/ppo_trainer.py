@@ -129,7 +129,7 @@ class PlannedStep(NamedTuple):
 
     micro_batches: tuple[MicroBatch, ...]
     n_tokens: float  # answer tokens of the whole step, on all processes
-    n_fed: int
+    n_fed: int  # tokens that go through the policy for it; 0 but in the step's first call
     is_first: bool
     is_last: bool
     policy_unchanged: bool  # no step was taken since the answers were sampled
@@ -307,15 +307,16 @@ class PPOTrainer(transformers.Trainer):
             self._experience = self._roll_out(rows)
         plan = self._mini_batch(self._experience, used)
         n_tokens = float(sum(m.tokens.numel() for m in plan))
+        n_fed = float(sum(m.batch.n_tokens for m in plan))
         if self.accelerator.num_processes > 1:
-            count = torch.tensor(n_tokens, dtype=torch.float64, device=device)
-            n_tokens = float(self.accelerator.reduce(count, reduction="sum"))
+            counts = torch.tensor([n_tokens, n_fed], dtype=torch.float64, device=device)
+            n_tokens, n_fed = self.accelerator.reduce(counts, reduction="sum").tolist()
         n = len(batches)
         return [
             PlannedStep(
                 micro_batches=plan[len(plan) * i // n : len(plan) * (i + 1) // n],
                 n_tokens=n_tokens,
-                n_fed=sum(m.batch.n_tokens for m in plan) if i == 0 else 0,
+                n_fed=int(n_fed) if i == 0 else 0,
                 is_first=i == 0,
                 is_last=i == n - 1,
                 policy_unchanged=used == 0,

@@ -302,22 +302,6 @@ def test_symbols_that_the_head_rules_out_make_no_nan(tmp_path):
         assert all(math.isfinite(value) for value in line.values())
 
 
-def test_a_judges_score_is_the_share_of_comparisons_won(tmp_path):
-    from prefopt.judges import load_judge
-    from tests.tiny_models import tiny_tokenizer
-
-    tokenizer = tiny_tokenizer()
-    from prefopt.training.answer_rewards import SampledBatch, reward_source
-    from prefopt.types import Prompt
-
-    texts = ["a long answer", "short", "a long answer"]
-    batch = SampledBatch(
-        [Prompt.from_text("Say")], [(1,)], [{}], [0, 0, 0],
-        [tuple(tokenizer(t)["input_ids"]) for t in texts], [True] * 3, tokenizer,
-    )  # fmt: skip
-    assert reward_source(load_judge("scripted:shortest"), tokenizer)(batch) == [0.25, 1.0, 0.25]
-
-
 # --- KL -----------------------------------------------------------------------------------------
 
 

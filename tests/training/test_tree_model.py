@@ -245,6 +245,51 @@ def test_statistics_are_those_of_the_own_logits(name):
         assert torch.equal(found.is_top1, logits.argmax(-1) == targets)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere"])
+def test_a_temperature_divides_the_own_logits(name):
+    """Through scales and a soft cap (Gemma2's) as well."""
+    model = family(name)
+    choose_scoring(model)
+    rows, ids = [], []
+    for prompt, answers in TREES:
+        for answer in answers:
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits
+            rows.append(logits[0, -len(answer) - 1 : -1] / 0.7)
+            ids += answer
+    log_p = torch.cat(rows).log_softmax(-1)
+    expected = log_p.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+    by_logits = gradients(model, expected)
+    for each in (choose_scoring(model), Scoring("padded"), Scoring("logits")):
+        with tree_attention(model, each):
+            found = scored(model, each, temperature=0.7)
+            torch.testing.assert_close(found.logprobs, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                found.entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-5
+            )
+            assert_same_gradients(gradients(model, found.logprobs), by_logits, 1e-4)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_tokens_that_the_head_rules_out_make_no_nan(frozen):
+    """A bias of -inf, also on tokens by which the way is chosen."""
+    model = family("Llama")
+    bias = torch.zeros(96)
+    bias[:2] = bias[50:] = -torch.inf
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    model.requires_grad_(not frozen)
+    model.model.layers[0].requires_grad_(True)
+    scoring = choose_scoring(model)
+    assert scoring.way == "tree"
+    trees = [AnswerTree((60, 3), ((4, 5, 49), (7,)))]
+    for each in (scoring, Scoring("padded"), Scoring("logits")):
+        with tree_attention(model, each):
+            found = scored(model, each, trees)
+            grads = gradients(model, found.logprobs)
+        torch.testing.assert_close(found.logprobs, alone(model, trees))
+        assert found.entropy.isfinite().all()
+        assert all(g.isfinite().all() for g in grads.values())
+
+
 # --- Attention windows --------------------------------------------------------------------------
 
 
