@@ -1,0 +1,59 @@
+"""A reward model on human preferences, held against every labelled set that is there.
+
+    python recipes/reward_model.py                                # $PREFOPT_DATA/hh_helpful, on a CPU
+    python recipes/reward_model.py --train pairs.jsonl --model Qwen/Qwen3-0.6B --max_length 1024
+
+SmolLM2-135M with LoRA learns from the short conversations of Anthropic's helpful set (427 pairs of at
+most 128 tokens), and is then held against people on hh_helpful, LLMBar and the other sets: accuracy,
+calibration, and how much of it is length. Prints a report for each; the model is in `runs/reward`,
+where `prefopt run --judge reward:runs/reward` finds it. A stopped training goes on where it was.
+
+Expected figures: `benchmarks/results/quality_reward.md`, by `python benchmarks/quality_reward.py`. At
+this size the point is the method: a model of 135M that saw 427 pairs is no judge.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from prefopt import (
+    LoRASettings,
+    RewardSettings,
+    evaluate_reward_model,
+    load_preferences,
+    train_reward,
+)
+
+DATA = Path(os.environ.get("PREFOPT_DATA", "../shared/data"))
+SETS = ("hh_helpful", "llmbar", "pandalm", "human_pairs_processed", "hhh_alignment")
+
+
+@dataclass(frozen=True)
+class RewardRecipe:
+    """What is trained on what (see `prefopt.train_reward`), and where it goes."""
+
+    train: str = str(DATA / "hh_helpful" / "train.jsonl.gz")
+    model: str = "demo"
+    out: str = "runs/reward"
+    max_length: int = 128
+    learning_rate: float = 5e-4
+    seed: int = 0
+
+    def run(self) -> None:
+        """Train, evaluate and print."""
+        settings = RewardSettings(
+            learning_rate=self.learning_rate, max_length=self.max_length, seed=self.seed
+        )
+        groups = load_preferences(self.train)
+        result = train_reward(
+            groups, self.model, self.out, settings=settings, lora=LoRASettings(r=16)
+        )
+        for path in (DATA / name / "dev.jsonl" for name in SETS):
+            if path.exists():
+                print(evaluate_reward_model(result.folder, path).to_text(), flush=True)
+
+
+if __name__ == "__main__":
+    auto_cli(RewardRecipe, as_positional=False).run()
