@@ -109,6 +109,31 @@ def test_the_dpo_script_of_the_docs_runs_as_written(tmp_path, monkeypatch):
     assert all(f"`{name}`" in page.read_text(encoding="utf-8") for name in LOSS_NAMES)
 
 
+def test_the_reward_model_of_the_docs_runs_as_written(tmp_path, monkeypatch):
+    """With a tiny model in place of the named one: trained, measured, exported, trained again."""
+    tiny_model = save_tiny_model(tmp_path / "tiny", context=1024)
+    row = '{"prompt": "What is %d?", "chosen": " one thing", "rejected": " another"}\n'
+    for name in ("pairs", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(row % i for i in range(4)))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for index, block in enumerate(blocks(ROOT / "docs" / "reward-model.md", "python")):
+        for shown, run in {
+            "Qwen/Qwen3-0.6B": tiny_model,
+            'output_dir="out"': 'output_dir="out", report_to="none", use_cpu=True, bf16=False',
+            "load_dataset(": "load_dataset(cache_dir='cache', path=",
+        }.items():
+            block = block.replace(shown, run)
+        exec(compile(block, "docs/reward-model.md", "exec"), names)
+        if index == 0:
+            names["reward"].to_sequence_classification("folder")
+        if index == 1:
+            answer = names["messages"][1]["content"]
+            (ours,) = names["reward"].score([names["prompt"]], [[answer]])
+            assert abs(names["score"].item() - ours[0]) < 1e-3
+    assert (tmp_path / "reward_too" / "heads.safetensors").is_file()
+
+
 def test_options_named_in_the_docs_exist():
     help_text = build_parser().format_help() + "".join(
         sub.format_help() for sub in build_parser()._subcommands_action._name_parser_map.values()
