@@ -14,6 +14,8 @@ import msgspec
 
 if TYPE_CHECKING:
     from prefopt.evaluation.eval_report import EvalReport
+    from prefopt.evaluation.length_control import LengthControl
+    from prefopt.evaluation.sequential import SequentialResult
 
 # Conventions, not laws: where a sentence changes. All are fractions.
 FORGOT_LITTLE = 0.02
@@ -99,6 +101,8 @@ def doubts_about(report: EvalReport) -> list[Doubt]:
             meaning="The same for the opposite rule.",
         ),
     ]
+    if report.length_control is not None:
+        rows.append(_at_equal_length(report.length_control))
     if rate.agrees_with_shortest is not None:
         rows.append(
             Doubt(
@@ -147,13 +151,18 @@ def doubts_about(report: EvalReport) -> list[Doubt]:
             if reasons
             else "Every comparison got a verdict.",
         ),
+    ]
+    if report.stopping is not None:
+        rows.append(_stopped(report.stopping))
+        return rows  # the two figures below hold for a number of prompts that was set beforehand
+    rows.append(
         Doubt(
             name="Smallest difference this test can show",
             value="none" if rate.mde_points is None else f"{rate.mde_points:.0f} points",
             meaning=f"Win rates closer to 50 % than that would usually look like chance with "
             f"{rate.n_prompts} prompts (80 % power).",
-        ),
-    ]
+        )
+    )
     if rate.bootstrap_low is not None and rate.bootstrap_high is not None:
         rows.append(
             Doubt(
@@ -164,6 +173,34 @@ def doubts_about(report: EvalReport) -> list[Doubt]:
             )
         )
     return rows
+
+
+def _at_equal_length(control: LengthControl) -> Doubt:
+    name = "If the answers were equally long"
+    if control.win_rate is None or control.low is None or control.high is None:
+        return Doubt(name=name, value="not known", meaning=" ".join(control.notes))
+    meaning = "The win rate with the effect of length taken out (AlpacaEval's regression)."
+    return Doubt(
+        name=name,
+        value=f"{percent(control.win_rate)} ({interval(control.low, control.high)})",
+        meaning=" ".join([meaning, *control.notes]),
+    )
+
+
+def _stopped(stopping: SequentialResult) -> Doubt:
+    why = {
+        "better": "the difference was sure",
+        "worse": "the difference was sure",
+        "equivalent": f"a difference of more than {100 * stopping.margin:.0f} points was ruled out",
+        "undecided": "no prompt was left",
+    }[stopping.decision]
+    return Doubt(
+        name="Judging stopped after",
+        value=f"{stopping.n_total - stopping.n_not_asked} of {stopping.n_total} prompts",
+        meaning=f"It stopped because {why}; the others were not judged. The headline's interval "
+        f"allows for looking {stopping.n_waves} times. The win rate itself leans away from 50 % a "
+        "little, since luck can bring a stop forward.",
+    )
 
 
 def percent(fraction: float) -> str:
@@ -194,14 +231,18 @@ def interval(low: float, high: float) -> str:
     return f"{bound(low)}\u2013{bound(high)} %"
 
 
-def prompts_needed(distance: float, *, power: float = 0.8, confidence: float = 0.95) -> int:
+def prompts_needed(
+    distance: float, *, spread: float = 0.5, power: float = 0.8, confidence: float = 0.95
+) -> int:
     """How many prompts would show a win rate `distance` (a fraction) away from 50 %.
 
-    n = ((z_confidence/2 + z_power·sqrt(1/4 - d²)) / d)², the inverse of `win_rate.mde_points`.
+    n = ((z_confidence·s + z_power·sqrt(s² - d²)) / d)², the inverse of `win_rate.mde_points`, with s
+    the spread of the prompts' scores.
     """
     z_c = NormalDist().inv_cdf(0.5 + confidence / 2)
     z_p = NormalDist().inv_cdf(power)
-    return math.ceil(((z_c / 2 + z_p * math.sqrt(0.25 - distance**2)) / distance) ** 2)
+    under_root = max(spread**2 - distance**2, 0.0)
+    return math.ceil(((z_c * spread + z_p * math.sqrt(under_root)) / distance) ** 2)
 
 
 def _headline(report: EvalReport) -> str:
@@ -293,7 +334,7 @@ def _more_prompts(report: EvalReport) -> str:
     )
     if distance == 0:
         return f"{shows} Evaluate on more prompts if a smaller difference matters to you."
-    needed = prompts_needed(distance)
+    needed = prompts_needed(distance, spread=rate.spread)
     if needed > _MOST_PROMPTS_ADVISED:
         return f"{shows} The difference seen is too small to be worth confirming."
     scale = 10 ** max(0, len(str(needed)) - 2)

@@ -28,6 +28,8 @@ from prefopt.evaluation.advice import (
     signed_percent,
 )
 from prefopt.evaluation.figure import picture_bytes, svg_panels
+from prefopt.evaluation.length_control import LengthControl, length_controlled_win_rate
+from prefopt.evaluation.sequential import SequentialResult
 from prefopt.evaluation.win_rate import Result, WinRate, result_of, win_rate
 from prefopt.judges.rubric import Rubric
 from prefopt.training.health import HealthNote
@@ -99,9 +101,11 @@ class EvalReport(
 ):
     """Everything the report shows. Only the title, the models, the judge and the rate are needed.
 
-    `perplexity_change` is the fraction by which perplexity on `perplexity_text` rose. `cost_usd` is
-    what judging cost in US dollars, None when not known. `details` are further lines of "how it was
-    made", `prompts_name` what the prompts are called in sentences ("held-out prompts").
+    `length_control` is the win rate at equal length, `stopping` where judging stopped before all
+    prompts were asked. `perplexity_change` is the fraction by which perplexity on `perplexity_text`
+    rose. `cost_usd` is what judging cost in US dollars, None when not known. `details` are further
+    lines of "how it was made", `prompts_name` what the prompts are called in sentences ("held-out
+    prompts").
     """
 
     title: str
@@ -114,6 +118,8 @@ class EvalReport(
     rubric_text: str = ""
     judge_note: str = ""
     prompts_name: str = "prompts"
+    length_control: LengthControl | None = None
+    stopping: SequentialResult | None = None
     perplexity_base: float | None = None
     perplexity_tuned: float | None = None
     perplexity_change: float | None = None
@@ -151,6 +157,7 @@ def build_report(
     details: Mapping[str, str] | None = None,
     created_at: str = "",
     seed: int = 0,
+    stopping: SequentialResult | None = None,
 ) -> EvalReport:
     """Gather an evaluation into one report.
 
@@ -176,11 +183,13 @@ def build_report(
         created_at: date or time to show; none is shown by default, so that the same input gives the
             same files.
         seed: of the bootstrap interval.
+        stopping: where `judge_until_decided` stopped, when it judged these.
 
     Raises:
         ValueError: when no comparison has a verdict, or a perplexity is impossible or alone.
     """
-    rate = win_rate(judged, seed=seed)
+    early = None if stopping is None else (stopping.low, stopping.high)
+    rate = win_rate(judged, seed=seed, stopped=early)
     change = _perplexity_change(perplexity_base, perplexity_tuned)
     verdicts = [v for j in judged for v in j.verdicts]
     if cost_usd is None:
@@ -196,6 +205,8 @@ def build_report(
         rubric_text=rubric.text if rubric else "",
         judge_note=judge_note,
         prompts_name=prompts_name,
+        length_control=length_controlled_win_rate(judged),
+        stopping=stopping,
         perplexity_base=perplexity_base,
         perplexity_tuned=perplexity_tuned,
         perplexity_change=change,

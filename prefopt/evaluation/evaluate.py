@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from prefopt.errors import DataError
 from prefopt.evaluation.eval_report import CurvePoint, EvalReport, build_report, write_report
+from prefopt.evaluation.sequential import judge_until_decided
 from prefopt.judges import Judge, Rubric, judge_comparisons, load_judge
 from prefopt.models import Device, LanguageModel, load_model
 from prefopt.sampling.candidates import SamplingSettings, sample_candidates
 from prefopt.training.health import TrainingPoint
 from prefopt.types import Candidate, Comparison, Prompt
+
+Stop = Literal["never", "decided"]
+"""When judging stops: when all is judged, or as soon as the result is sure."""
 
 
 class PerplexityChange(NamedTuple):
@@ -96,6 +100,7 @@ def evaluate_model(
     seed: int = 1,
     device: Device = "auto",
     progress: bool = True,
+    stop: Stop = "never",
 ) -> EvalReport:
     """Sample answers with the adapter on and off, judge them, and write a report.
 
@@ -112,6 +117,8 @@ def evaluate_model(
         seed: of the sampling.
         device: where the model runs.
         progress: show bars.
+        stop: "decided" judges prompts in random order until the result is sure, which saves calls
+            to a paid judge; see `prefopt.evaluation.sequential.judge_until_decided`.
 
     Raises:
         ValueError: no adapter given.
@@ -136,7 +143,7 @@ def evaluate_model(
     for side, candidates in answers.items():
         write_records(out / f"answers_{side}.jsonl", candidates)
     return _judge_and_report(
-        answers["tuned"], answers["base"], out, asked, progress,
+        answers["tuned"], answers["base"], out, asked, progress, stop,
         **measure_forgetting(tuned)._asdict(),
     )  # fmt: skip
 
@@ -151,8 +158,11 @@ def evaluate_answers(
     max_usd: float | None = None,
     prices: str | Path | None = None,
     progress: bool = True,
+    stop: Stop = "never",
 ) -> EvalReport:
     """Judge two sets of answers to the same prompts and write a report. No model is loaded.
+
+    `stop` is that of `evaluate_model`.
 
     Raises:
         ValueError: one side is missing.
@@ -167,7 +177,7 @@ def evaluate_answers(
         read_records(side, Candidate) if isinstance(side, str | Path) else list(side)
         for side in (tuned_answers, base_answers)
     )
-    return _judge_and_report(tuned, base, Path(out), asked, progress)
+    return _judge_and_report(tuned, base, Path(out), asked, progress, stop)
 
 
 def _asked(
@@ -203,13 +213,18 @@ def _judge_and_report(
     out: Path,
     judge: Judge,
     progress: bool,
+    stop: Stop,
     **figures: Any,
 ) -> EvalReport:
     from prefopt.data.records import write_records
 
-    judged = judge_comparisons(
-        compare_answers(tuned, base), judge, ledger=out / "judgements.sqlite", progress=progress
-    )
+    comparisons, ledger = compare_answers(tuned, base), out / "judgements.sqlite"
+    if stop == "decided":
+        judged, figures["stopping"] = judge_until_decided(
+            comparisons, judge, ledger=ledger, progress=progress
+        )
+    else:
+        judged = judge_comparisons(comparisons, judge, ledger=ledger, progress=progress)
     write_records(out / "judged.jsonl", judged)
     report = build_report(judged, judge=judge.name, rubric=judge.rubric, **figures)
     write_report(report, out)

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist, fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -54,7 +54,7 @@ class WinRate(
         n_unscored, unscored_reasons: comparisons with a failed verdict, in none of the figures
             above. The reasons add up to n_unscored.
         n_prompts: distinct prompts with a scored comparison, the unit of both intervals.
-        wilson_low, wilson_high: see `wilson_interval`, over n_prompts.
+        wilson_low, wilson_high: see `clustered_wilson_interval`, over the prompts' mean scores.
         bootstrap_low, bootstrap_high: percentile bootstrap over the prompts' mean scores; None
             when all prompts score the same, where resampling has nothing to show.
         first_position_share: the share of non-tie verdicts that name the answer shown first, among
@@ -64,9 +64,12 @@ class WinRate(
         agrees_with_shortest: the share of comparisons decided by both the judge and that rule in
             which they agree (n_length_decided of them); None without any.
         mean_words_tuned, mean_words_baseline: mean answer length in words, scored comparisons only.
-        mde_points: the smallest distance from 50 %, in percentage points, that this many prompts
-            would show with 80 % power; None when even 100 % would not show. See `mde_points`.
+        spread: how far the prompts' mean scores lie from 1/2, see `spread_of`; 0.5 without ties.
+        mde_points: the smallest distance from 50 %, in percentage points, that this many prompts of
+            this spread would show with 80 % power; None when none would show. See `mde_points`.
         by_category: the same rate inside each prompt category, "" for prompts without one.
+        stopped_low, stopped_high: where judging stopped once it was decided, the interval that
+            allows for that (`prefopt.evaluation.sequential`); None where all was judged as planned.
     """
 
     win_rate: float
@@ -92,15 +95,19 @@ class WinRate(
     mean_words_baseline: float
     mde_points: float | None
     by_category: dict[str, CategoryRate]
+    spread: float = 0.5
+    stopped_low: float | None = None
+    stopped_high: float | None = None
 
     @property
     def headline_interval(self) -> tuple[float, float]:
-        """The 95 % interval to quote: Wilson's, counting prompts.
+        """The 95 % interval to quote: Wilson's over prompts, see `clustered_wilson_interval`.
 
-        A score in [0, 1] never varies more than a yes/no outcome with the same mean, so this
-        interval errs on the wide side when there are ties or several answers to a prompt, and it
-        stays sensible at 0 % and 100 %, where the bootstrap has no width.
+        It stays sensible at 0 % and 100 %, where the bootstrap has no width. Where judging stopped
+        early, the interval that allows for it.
         """
+        if self.stopped_low is not None and self.stopped_high is not None:
+            return (self.stopped_low, self.stopped_high)
         return (self.wilson_low, self.wilson_high)
 
     @property
@@ -124,13 +131,26 @@ def result_of(judged: JudgedComparison) -> Result:
     return "win" if grade > 0 else "loss"
 
 
-def win_rate(judged: Sequence[JudgedComparison], *, seed: int = 0) -> WinRate:
-    """The win rate of `a` (tuned) over `b` (baseline) with everything needed to doubt it.
+class Scored(NamedTuple):
+    """Comparisons with a score for `a` (win 1, tie 0.5, loss 0), and why the others have none."""
 
-    Args:
-        judged: comparisons with the tuned model's answer as `a`. Several comparisons of one prompt
-            count as one cluster: they are averaged before anything else.
-        seed: of the bootstrap; the same comparisons and seed give the same figures.
+    comparisons: list[JudgedComparison]
+    points: list[float]
+    unscored_reasons: dict[str, int]
+
+    @property
+    def n_unscored(self) -> int:
+        """How many comparisons have a failed verdict."""
+        return sum(self.unscored_reasons.values())
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """The prompt of each scored comparison: comparisons of one prompt are one cluster."""
+        return [j.comparison.prompt.prompt_id for j in self.comparisons]
+
+
+def score_comparisons(judged: Sequence[JudgedComparison]) -> Scored:
+    """Take the scored comparisons apart from those with a failed verdict, which are counted.
 
     Raises:
         ValueError: when no comparison has a score, with the reasons.
@@ -140,10 +160,33 @@ def win_rate(judged: Sequence[JudgedComparison], *, seed: int = 0) -> WinRate:
     scored = [(j, _POINTS[r]) for j, r in zip(judged, results, strict=True) if r != "unscored"]
     if not scored:
         raise ValueError(_nothing_to_score(judged, reasons))
+    return Scored([j for j, _ in scored], [p for _, p in scored], dict(sorted(reasons.items())))
+
+
+def win_rate(
+    judged: Sequence[JudgedComparison],
+    *,
+    seed: int = 0,
+    stopped: tuple[float, float] | None = None,
+) -> WinRate:
+    """The win rate of `a` (tuned) over `b` (baseline) with everything needed to doubt it.
+
+    Args:
+        judged: comparisons with the tuned model's answer as `a`. Several comparisons of one prompt
+            count as one cluster: they are averaged before anything else.
+        seed: of the bootstrap; the same comparisons and seed give the same figures.
+        stopped: the interval of `judge_until_decided`, where judging stopped early.
+
+    Raises:
+        ValueError: when no comparison has a score, with the reasons.
+    """
+    kept = score_comparisons(judged)
+    results = [result_of(j) for j in judged]
+    scored = list(zip(kept.comparisons, kept.points, strict=True))
 
     means = _prompt_means((j.comparison.prompt.prompt_id, points) for j, points in scored)
     rate = fmean(means)
-    low, high = wilson_interval(rate, len(means))
+    low, high = clustered_wilson_interval(means)
     boot_low, boot_high = _bootstrap_interval(means, seed)
     shorter = [_shorter_wins(j) for j, _ in scored]
     shorter_rate = fmean(
@@ -166,7 +209,7 @@ def win_rate(judged: Sequence[JudgedComparison], *, seed: int = 0) -> WinRate:
         n_loss=counts["loss"],
         n_one_order=sum(j.backward is None for j, _ in scored),
         n_unscored=counts["unscored"],
-        unscored_reasons=dict(sorted(reasons.items())),
+        unscored_reasons=kept.unscored_reasons,
         n_prompts=len(means),
         wilson_low=low,
         wilson_high=high,
@@ -179,7 +222,10 @@ def win_rate(judged: Sequence[JudgedComparison], *, seed: int = 0) -> WinRate:
         n_length_decided=len(both_decide),
         mean_words_tuned=fmean(word_count(j.comparison.a.text) for j, _ in scored),
         mean_words_baseline=fmean(word_count(j.comparison.b.text) for j, _ in scored),
-        mde_points=mde_points(len(means)),
+        mde_points=mde_points(len(means), spread=spread_of(means)),
+        spread=spread_of(means),
+        stopped_low=None if stopped is None else stopped[0],
+        stopped_high=None if stopped is None else stopped[1],
         by_category=_by_category(judged, results),
     )
 
@@ -189,11 +235,12 @@ def word_count(text: str) -> int:
     return len(text.split())
 
 
-def wilson_interval(rate: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(rate: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (1927) for a fraction `rate` of `n` trials, as (low, high).
 
     With z the normal quantile: (rate + z²/2n ± z·sqrt(rate(1-rate)/n + z²/4n²)) / (1 + z²/n).
-    It inverts the score test, so it leaves 50 % out exactly when that test rejects 50 %.
+    It inverts the score test, so it leaves 50 % out exactly when that test rejects 50 %. `n` need not
+    be whole: see `clustered_wilson_interval`.
     """
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     middle = rate + z * z / (2 * n)
@@ -205,19 +252,57 @@ def wilson_interval(rate: float, n: int, *, confidence: float = 0.95) -> tuple[f
     return low, high
 
 
-def mde_points(n: int, *, power: float = 0.8, confidence: float = 0.95) -> float | None:
+def clustered_wilson_interval(
+    means: Sequence[float], *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Wilson's interval for the mean of the prompts' mean scores, as (low, high).
+
+    A prompt with a tie, or with the mean of several answers or judges, varies less than a yes/no
+    outcome. With v the variance of the means, the n prompts are worth n·rate·(1 - rate)/v yes/no
+    outcomes (Kish's design effect, as Korn and Graubard 1998, Survey Methodology 24), and that number
+    takes n's place in `wilson_interval`; never less than n, which it is without ties. So that few
+    prompts do not look surer than they can be, v counts two more prompts, one won and one lost.
+    How often it holds the truth: benchmarks/quality_intervals.py.
+
+    Raises:
+        ValueError: no means.
+    """
+    if not means:
+        raise ValueError("an interval needs at least one prompt, got none.")
+    n, rate = len(means), fmean(means)
+    variance = (sum((m - rate) ** 2 for m in means) + 2 * 0.25) / (n + 1)
+    return wilson_interval(rate, max(n, n * rate * (1 - rate) / variance), confidence=confidence)
+
+
+def spread_of(means: Sequence[float]) -> float:
+    """Root mean square distance of prompts' mean scores from 1/2, two won or lost ones added.
+
+    0.5 where every prompt is won or lost; sqrt(1 - share of ties)/2 with one answer a prompt.
+    """
+    return math.sqrt((sum((m - 0.5) ** 2 for m in means) + 2 * 0.25) / (len(means) + 2))
+
+
+def mde_points(
+    n: int, *, spread: float = 0.5, power: float = 0.8, confidence: float = 0.95
+) -> float | None:
     """The smallest distance from 50 % that `n` prompts would show, in percentage points.
 
-    The distance d solves d·sqrt(n) = z_confidence/2 + z_power·sqrt(1/4 - d²): the two-sided score
-    test of 50 % against a win rate of 50 % + d, normal approximation. None when no d up to 50
-    points solves it.
+    The distance d solves d·sqrt(n) = z_confidence·s + z_power·sqrt(s² - d²): the two-sided score test
+    of 50 % against a win rate of 50 % + d, normal approximation, where s is the spread of the
+    prompts' scores about 50 %. None when no d up to s solves it.
+
+    Args:
+        n: prompts.
+        spread: 0.5 without ties; with a share t of ties sqrt(1 - t)/2, see `spread_of`.
+        power: the chance to see a difference of that size.
+        confidence: of the interval that has to leave 50 % out.
     """
     z_c = NormalDist().inv_cdf(0.5 + confidence / 2)
     z_p = NormalDist().inv_cdf(power)
     under_root = n + z_p**2 - z_c**2
     if under_root < 0 or math.sqrt(n) < z_c:
         return None
-    d = (z_c * math.sqrt(n) + z_p * math.sqrt(under_root)) / (2 * (n + z_p**2))
+    d = spread * (z_c * math.sqrt(n) + z_p * math.sqrt(under_root)) / (n + z_p**2)
     return 100 * d
 
 
@@ -277,7 +362,7 @@ def _by_category(
             table[category] = CategoryRate(n=0, n_unscored=n_unscored)
             continue
         means = _prompt_means(scores)
-        low, high = wilson_interval(fmean(means), len(means))
+        low, high = clustered_wilson_interval(means)
         table[category] = CategoryRate(
             n=len(scores), n_unscored=n_unscored, win_rate=fmean(means), low=low, high=high
         )

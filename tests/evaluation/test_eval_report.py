@@ -22,6 +22,7 @@ from prefopt.evaluation.eval_report import (
     report_markdown,
     write_report,
 )
+from prefopt.evaluation.sequential import SequentialResult
 from prefopt.evaluation.win_rate import mde_points
 from prefopt.judges.rubric import HOUSE_STYLE, Rubric
 from prefopt.training.health import HealthNote
@@ -160,10 +161,11 @@ class Page(HTMLParser):
 
 def test_the_headline_says_how_much_how_sure_and_what_was_forgotten() -> None:
     advice = advice_for(full_report())
-    # (30 + 5 / 2) / 39 = 83.3 %; Wilson on 39 prompts gives 68.9 to 91.9 %.
+    # (30 + 5 / 2) / 39 = 83.3 %; the ties make the 39 prompts worth 46.4
+    # yes/no ones, and Wilson's interval 70.2 to 91.3 %.
     assert advice.headline == (
         "The tuned model is preferred on 83 % of 39 held-out prompts "
-        "(95 % interval 69\u201392 %, ties count half)."
+        "(95 % interval 70\u201391 %, ties count half)."
     )
     assert advice.forgetting == "It forgot little: perplexity on unrelated text rose 1.2 %."
     assert advice.level == "good"
@@ -486,3 +488,37 @@ def test_drawing_leaves_pyplot_and_its_settings_alone() -> None:
 def test_a_title_in_markdown_stays_one_line_of_plain_text(text: str, shown: str) -> None:
     first = report_markdown(build_report(results(win=1), title=text)).splitlines()[0]
     assert first == f"# {shown}"
+
+
+def test_the_win_rate_at_equal_length_stands_among_the_doubts() -> None:
+    report = full_report()
+    assert report.length_control is not None
+    (row,) = [d for d in doubts_about(report) if d.name == "If the answers were equally long"]
+    assert report.length_control.win_rate is not None
+    assert row.value.startswith(percent(report.length_control.win_rate))
+    assert "39 prompts are few" in row.meaning
+    assert row.value in report_markdown(report)
+    one_sided = build_report(results(win=12))
+    (row,) = [d for d in doubts_about(one_sided) if "equally long" in d.name]
+    assert row.value == "not known"
+    assert "won every comparison" in row.meaning
+
+
+def test_a_report_says_where_judging_stopped_and_leaves_out_what_no_longer_holds() -> None:
+    stopping = SequentialResult(
+        decision="better", low=0.56, high=0.98, win_rate=0.9, confidence=0.95, margin=0.05,
+        n_prompts=30, n_unscored=2, n_total=240, n_not_asked=208, n_waves=2,
+    )  # fmt: skip
+    report = build_report(results(win=26, loss=4, failed=2), stopping=stopping)
+    assert "95 % interval 56\u201398 %" in advice_for(report).headline
+    rows = {row.name: row for row in doubts_about(report)}
+    assert rows["Judging stopped after"].value == "32 of 240 prompts"
+    assert "the difference was sure" in rows["Judging stopped after"].meaning
+    assert "Smallest difference this test can show" not in rows
+    assert not any("computed another way" in name for name in rows)
+    assert msgspec.json.decode(msgspec.json.encode(report), type=EvalReport) == report
+
+
+def test_ties_lower_the_number_of_prompts_advised() -> None:
+    assert prompts_needed(0.06, spread=0.33) < 0.5 * prompts_needed(0.06)
+    assert prompts_needed(0.06, spread=0.33) == pytest.approx(240, abs=5)

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 from prefopt.evaluation.win_rate import (
     WinRate,
+    clustered_wilson_interval,
     mde_points,
     result_of,
+    score_comparisons,
+    spread_of,
     wilson_interval,
     win_rate,
 )
@@ -231,6 +234,111 @@ def test_a_win_rate_survives_json_and_says_what_it_is() -> None:
     line = msgspec.json.encode(rate)
     assert b'"schema":"prefopt.win_rate/1"' in line
     assert msgspec.json.decode(line, type=WinRate) == rate
+
+
+def test_without_ties_the_clustered_interval_is_wilsons() -> None:
+    for wins in (0, 3, 20, 37, 40):
+        means = [1.0] * wins + [0.0] * (40 - wins)
+        assert clustered_wilson_interval(means) == pytest.approx(wilson_interval(wins / 40, 40))
+    with pytest.raises(ValueError, match="at least one prompt"):
+        clustered_wilson_interval([])
+
+
+def test_ties_make_prompts_worth_more_by_hand() -> None:
+    """Of 100 prompts 40 are ties, 30 won, 30 lost: variance (60/4 + 1/2)/101, rate 1/2."""
+    means = [0.5] * 40 + [1.0] * 30 + [0.0] * 30
+    worth = 100 * 0.25 / ((60 / 4 + 0.5) / 101)
+    assert worth == pytest.approx(162.9, abs=0.1)
+    assert clustered_wilson_interval(means) == pytest.approx(wilson_interval(0.5, worth))
+
+
+def test_all_ties_are_sure_only_as_far_as_their_number_allows() -> None:
+    low, high = clustered_wilson_interval([0.5] * 10)
+    assert (low + high) / 2 == pytest.approx(0.5)
+    assert 0.1 < high - low < 0.3  # Wilson's alone is 0.53 wide, the plain variance's 0
+    wide, narrow = (clustered_wilson_interval([0.5] * n) for n in (20, 200))
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=30))
+def test_the_clustered_interval_is_inside_wilsons_and_holds_the_rate(means: list[float]) -> None:
+    rate = sum(means) / len(means)
+    low, high = clustered_wilson_interval(means)
+    outer_low, outer_high = wilson_interval(rate, len(means))
+    assert outer_low - 1e-12 <= low <= rate + 1e-12
+    assert rate - 1e-12 <= high <= outer_high + 1e-12
+
+
+def _coverage(runs: int, n: int, answers: int, rate: float, ties: float) -> float:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    win = (rate - ties / 2) / (1 - ties)
+    held = 0
+    for _ in range(runs):
+        p = rng.beta(2 * win, 2 * (1 - win), (n, 1))  # a prompt's answers are alike
+        scores = np.where(
+            rng.random((n, answers)) < ties, 0.5, (rng.random((n, answers)) < p).astype(float)
+        )
+        low, high = clustered_wilson_interval(scores.mean(axis=1).tolist())
+        held += low <= rate <= high
+    return held / runs
+
+
+_CASES = [(20, 1, 0.5, 0.4), (60, 1, 0.6, 0.6), (40, 4, 0.6, 0.2), (40, 3, 0.9, 0.0)]
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_the_clustered_interval_holds_the_truth(case) -> None:
+    assert _coverage(400, *case) > 0.92
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _CASES)
+def test_the_clustered_interval_holds_the_truth_as_often_as_it_says(case) -> None:
+    assert 0.94 < _coverage(6000, *case) < 0.985
+
+
+def test_spread_by_hand() -> None:
+    assert spread_of([1.0, 0.0, 1.0]) == 0.5
+    assert spread_of([0.5] * 98) == pytest.approx(math.sqrt(0.5 / 100))
+    assert spread_of([0.5] * 40 + [0.0, 1.0] * 30) == pytest.approx(math.sqrt(15.5 / 102))
+
+
+def test_how_many_points_240_prompts_can_show() -> None:
+    """9 points when all is decided; with 56 % ties 6."""
+    assert mde_points(240) == pytest.approx(9.0, abs=0.1)
+    assert mde_points(240, spread=math.sqrt(1 - 0.56) / 2) == pytest.approx(6.0, abs=0.1)
+
+
+def test_the_smallest_difference_is_seen_with_the_power_promised() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    n, ties = 120, 0.4
+    spread = math.sqrt(1 - ties) / 2
+    d = mde_points(n, spread=spread)
+    assert d is not None
+    win = 0.5 + d / 100 - ties / 2
+    seen = 0
+    for scores in rng.choice([1.0, 0.5, 0.0], size=(800, n), p=[win, ties, 1 - win - ties]):
+        seen += clustered_wilson_interval(scores.tolist())[0] > 0.5
+    assert seen / 800 == pytest.approx(0.8, abs=0.06)
+
+
+def test_scores_and_reasons_are_taken_apart() -> None:
+    kept = score_comparisons([judged(1, 1), judged("refused", 1), judged(1, -1), judged(-1, 0)])
+    assert kept.points == [1.0, 0.5, 0.0]
+    assert (kept.n_unscored, kept.unscored_reasons) == (1, {"refused": 1})
+    assert len(set(kept.prompt_ids)) == 1
+
+
+def test_where_judging_stopped_early_the_headline_allows_for_it() -> None:
+    rows = [judged(1, 1, prompt=str(i)) for i in range(20)]
+    planned, stopped = win_rate(rows), win_rate(rows, stopped=(0.48, 1.0))
+    assert planned.verdict == "better"
+    assert (stopped.headline_interval, stopped.verdict) == ((0.48, 1.0), "unclear")
+    assert stopped.wilson_low == planned.wilson_low
 
 
 _GRADES = st.one_of(st.integers(-2, 2), st.sampled_from(["refused", "truncated"]))
