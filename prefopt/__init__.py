@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prefopt.data.demonstrations import Demonstration as Demonstration
     from prefopt.data.demonstrations import demonstrations as demonstrations
     from prefopt.data.demonstrations import load_demonstrations as load_demonstrations
+    from prefopt.data.export import export_preferences as export_preferences
     from prefopt.data.preference_data import load_preferences as load_preferences
     from prefopt.data.preference_data import preference_rows as preference_rows
     from prefopt.data.preference_data import push_preferences as push_preferences
@@ -85,6 +86,7 @@ _HOMES = {
     "Demonstration": "data.demonstrations",
     "demonstrations": "data.demonstrations",
     "load_demonstrations": "data.demonstrations",
+    "export_preferences": "data.export",
     "load_preferences": "data.preference_data",
     "preference_rows": "data.preference_data",
     "push_preferences": "data.preference_data",

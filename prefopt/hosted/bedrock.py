@@ -335,7 +335,7 @@ def create_job(plan: JobPlan, folder: str | Path) -> JobRecord:
         bedrock = _client("bedrock", plan.record.region)
         _require_tunable(bedrock, plan.record)
         _write(plan.record, folder)
-        return _submit(plan.record, folder)
+        return _submit(plan.record, folder, bedrock)
 
 
 def resume_job(folder: str | Path) -> JobRecord:
@@ -350,10 +350,10 @@ def resume_job(folder: str | Path) -> JobRecord:
         return _submit(_read(folder), folder)
 
 
-def _submit(record: JobRecord, folder: str | Path) -> JobRecord:
+def _submit(record: JobRecord, folder: str | Path, bedrock: Any = None) -> JobRecord:
     if record.state == "submitted":
         return record
-    bedrock = _client("bedrock", record.region)
+    bedrock = bedrock or _client("bedrock", record.region)
     found = _find(bedrock, record)
     if found is None:
         _upload(record)
@@ -457,21 +457,25 @@ def job_status(folder: str | Path) -> JobStatus:
         RunError: there is no job in the folder, or it was never finished making.
         HostedError: AWS refuses or cannot be reached.
     """
+    record = _made(folder)
+    return _ask(record, folder, _client("bedrock", record.region))
+
+
+def _made(folder: str | Path) -> JobRecord:
     record = _read(folder)
     if record.state == "intended":
         raise RunError(
             f"job {record.name} in {folder} was begun, but it is not known whether Bedrock has it. "
             "`prefopt bedrock resume` finds out and goes on."
         )
-    bedrock = _client("bedrock", record.region)
+    return record
+
+
+def _ask(record: JobRecord, folder: str | Path, bedrock: Any) -> JobStatus:
     with _told(f"cannot ask for job {record.name}", bedrock):
         status = _status(bedrock.get_model_customization_job(jobIdentifier=record.name))
-    _write(
-        msgspec.structs.replace(
-            record, status=status.status, model_arn=status.model_arn, failure=status.failure
-        ),
-        folder,
-    )
+    said = {"status": status.status, "model_arn": status.model_arn, "failure": status.failure}
+    _write(msgspec.structs.replace(record, **said), folder)
     return status
 
 
@@ -493,9 +497,11 @@ def follow_job(
     Raises:
         HostedError: the job failed (with Bedrock's reason), or AWS refuses or cannot be reached.
     """
+    record = _made(folder)
+    bedrock = _client("bedrock", record.region)
     last: JobStatus | None = None
     while True:
-        status = job_status(folder)
+        status = _ask(record, folder, bedrock)
         if last is None or (status.status, status.steps) != (last.status, last.steps):
             told(status)
         last = status
@@ -533,13 +539,14 @@ def stop_job(folder: str | Path) -> JobStatus:
         RunError: there is no job in the folder, or it was never finished making.
         HostedError: AWS refuses or cannot be reached.
     """
-    status = job_status(folder)
+    record = _made(folder)
+    bedrock = _client("bedrock", record.region)
+    status = _ask(record, folder, bedrock)
     if status.status in (*_OVER, "Stopping"):
         return status
-    bedrock = _client("bedrock", _read(folder).region)
-    with _told(f"cannot stop job {status.name}", bedrock):
-        bedrock.stop_model_customization_job(jobIdentifier=status.name)
-    return job_status(folder)
+    with _told(f"cannot stop job {record.name}", bedrock):
+        bedrock.stop_model_customization_job(jobIdentifier=record.name)
+    return _ask(record, folder, bedrock)
 
 
 def tunable_models(region: str | None = None) -> list[TunableModel]:
@@ -747,7 +754,7 @@ _ADVICE = (
         "`prefopt bedrock models` lists what can be fine-tuned.",
     ),
     (
-        r"\brole\b|PassRole|assume",
+        r"PassRole|assume|trust|provided role|role.*(permission|access|invalid)|permission.*role",
         "The role must trust bedrock.amazonaws.com and may read the data and write the results in "
         "S3, and you must be allowed iam:PassRole on it.",
     ),

@@ -530,6 +530,14 @@ def test_the_commands(aws, capsys):
     assert main(["bedrock", "follow", "--out", "nothing"]) == 1
 
 
+@pytest.mark.parametrize("step", ["create", "resume", "follow", "list", "stop", "models"])
+def test_every_command_explains_itself(step, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bedrock", step, "--help"])
+    assert stopped.value.code == 0
+    assert f"Example: prefopt bedrock {step}" in capsys.readouterr().out
+
+
 def test_export_and_create_fit_together(aws, tmp_path, capsys):
     rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(33)]
     (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
