@@ -134,6 +134,39 @@ def test_the_reward_model_of_the_docs_runs_as_written(tmp_path, monkeypatch):
     assert (tmp_path / "reward_too" / "heads.safetensors").is_file()
 
 
+def test_the_ppo_scripts_of_the_docs_run_as_written(tmp_path, monkeypatch):
+    """With a tiny model and reward model, and few and short answers."""
+    from prefopt.models import LoRASettings, load_model, lora_config
+    from prefopt.training.reward_model import RewardModel
+
+    tiny_model = save_tiny_model(tmp_path / "tiny", context=1024)
+    reward = RewardModel.new(load_model(tiny_model), peft_config=lora_config(LoRASettings(r=2)))
+    reward.save(tmp_path / "reward-model")
+    prompts = "".join(f'{{"prompt": "What is {i}?"}}\n' for i in range(3))
+    (tmp_path / "prompts.jsonl").write_text(prompts)
+    monkeypatch.chdir(tmp_path)
+    call, script = blocks(ROOT / "docs" / "ppo.md", "python")
+    for shown, run in {
+        "Qwen/Qwen3-0.6B": tiny_model,
+        "rollouts=100": "max_new_tokens=4, rollouts=2",
+        "prompts_per_rollout=64": "prompts_per_rollout=2",
+    }.items():
+        call = call.replace(shown, run)
+    exec(compile(call, "docs/ppo.md", "exec"), {})
+    assert (tmp_path / "adapter" / "rollouts.jsonl").is_file()
+    for shown, run in {
+        "Qwen/Qwen3-0.6B": tiny_model,
+        'output_dir="out", num_rollouts=100': 'output_dir="out", num_rollouts=2, max_new_tokens=4, '
+        'report_to="none", use_cpu=True, per_device_train_batch_size=2',
+        "load_dataset(": "load_dataset(cache_dir='cache', path=",
+    }.items():
+        script = script.replace(shown, run)
+    names = {}
+    exec(compile(script, "docs/ppo.md", "exec"), names)
+    assert names["trainer"].state.global_step == 8
+    assert (tmp_path / "adapter" / "value" / "heads.safetensors").is_file()
+
+
 def test_options_named_in_the_docs_exist():
     help_text = build_parser().format_help() + "".join(
         sub.format_help() for sub in build_parser()._subcommands_action._name_parser_map.values()
