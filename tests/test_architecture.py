@@ -21,7 +21,7 @@ TEXT_SIDE = {
     "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate",
     "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "evaluation.tuning_advice", "training.health",
-    "training.reward_report", "sampling.best_of_n", "hosted",
+    "training.reward_report", "training.ppo_health", "sampling.best_of_n", "hosted",
 }  # fmt: skip
 MATH_SIDE = {
     "losses", "logprobs", "lora_linear", "fused_layers", "matrix_product", "trees", "tree_attention",
