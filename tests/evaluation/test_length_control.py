@@ -155,8 +155,7 @@ def test_the_unit_of_length_and_the_order_of_rows_do_not_matter(scale, random) -
     assert other[:4] == pytest.approx(one[:4], abs=1e-6)
 
 
-def test_the_prediction_of_published_weights_is_the_published_figure() -> None:
-    """AlpacaEval 2, Yi-34B-Chat: two of its weights; difficulties made up, worked by hand."""
+def test_predictions_by_hand() -> None:
     assert predicted_win_rate(-1.0, 0.5, np.array([0.0, 2.0])) == pytest.approx(
         (expit(-1.0) + expit(0.0)) / 2
     )
