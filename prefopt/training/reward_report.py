@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt.judges.agreement import Interval, wilson
-from prefopt.judges.calibration import expected_calibration_error
 
 Floats = NDArray[np.float64]
 _RESAMPLES = 1_000
@@ -118,17 +117,14 @@ def measure_reward(pairs: Sequence[ScoredPair], *, name: str = "", seed: int = 0
     length = np.array([p.n_tokens_a - p.n_tokens_b for p in pairs], dtype=np.float64)
     prompts = [p.prompt_id for p in pairs]
     resample = _Bootstrap(prompts, seed)
-    decided = label != 0.5
-    accuracy = _accuracy(gap, label, resample)
-    longest = _accuracy(length, label, resample)
-    p = 1 / (1 + np.exp(-np.clip(gap, -500, 500)))
-
-    def log_loss(rows: NDArray[np.int64]) -> float:
-        g, y = gap[rows], label[rows]
-        return float((y * np.logaddexp(0, -g) + (1 - y) * np.logaddexp(0, g)).mean())
-
-    found_loss = resample(log_loss)
-    found_ece = resample(lambda rows: expected_calibration_error(p[rows], label[rows]))
+    ones = np.ones(len(pairs))
+    log_loss = label * np.logaddexp(0, -gap) + (1 - label) * np.logaddexp(0, gap)
+    found_loss = resample(np.stack([log_loss, ones], axis=1), lambda x: x[..., 0] / x[..., 1])
+    sure, right, place = _stated(gap, label)
+    off = np.where(place[:, None] == np.arange(_BINS), (sure - right)[:, None], 0.0)
+    found_ece = resample(
+        np.column_stack([off, ones]), lambda x: np.abs(x[..., :-1]).sum(-1) / x[..., -1]
+    )
     assert found_loss is not None
     assert found_ece is not None
     scores = np.array([[p.score_a, p.score_b] for p in pairs])
@@ -141,16 +137,16 @@ def measure_reward(pairs: Sequence[ScoredPair], *, name: str = "", seed: int = 0
     report = RewardReport(
         name=name,
         n=len(pairs),
-        n_ties=int((~decided).sum()),
-        accuracy=accuracy,
-        longest_accuracy=longest,
+        n_ties=int((label == 0.5).sum()),
+        accuracy=_accuracy(gap, label, resample),
+        longest_accuracy=_accuracy(length, label, resample),
         log_loss=found_loss,
         ece=found_ece,
-        length_correlation=resample(lambda rows: _spearman(gap[rows], length[rows])),
-        label_length_correlation=resample(lambda rows: _spearman(label[rows], length[rows])),
+        length_correlation=_spearman(gap, length, resample),
+        label_length_correlation=_spearman(label - 0.5, length, resample),
         mean_score=float(scores.mean()),
         score_sd=float(scores.std()),
-        bins=_reliability(p, label),
+        bins=_reliability(sure, right, place),
         categories=categories,
         notes=(),
     )
@@ -158,62 +154,67 @@ def measure_reward(pairs: Sequence[ScoredPair], *, name: str = "", seed: int = 0
 
 
 class _Bootstrap:
-    """A figure of chosen rows -> the figure over all rows, with its interval over prompts."""
+    """A figure of sums over pairs -> the figure with its interval, whole prompts drawn again."""
 
     def __init__(self, prompts: Sequence[str], seed: int) -> None:
-        places: dict[str, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            places.setdefault(prompt, []).append(i)
-        self.n, self.distinct = len(prompts), len(places) == len(prompts)
-        groups = [np.array(rows) for rows in places.values()]
-        rng = np.random.default_rng(seed)
-        self._draws = [
-            np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-            for _ in range(_RESAMPLES)
-        ]
+        _, place = np.unique(np.array(prompts), return_inverse=True)
+        n = int(place.max()) + 1
+        self.n, self.distinct = len(prompts), n == len(prompts)
+        # How often each prompt is drawn: the same as drawing prompts with replacement.
+        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
+        self._weights = drawn[:, place].astype(np.float64)
 
-    def __call__(self, figure: Callable[[NDArray[np.int64]], float]) -> Interval | None:
-        """None where the figure is not defined on all rows."""
-        value = figure(np.arange(self.n))
+    def __call__(self, parts: Floats, figure: Callable[[Floats], Floats]) -> Interval | None:
+        """None where the figure is not defined.
+
+        Args:
+            parts: (n, F) what each pair adds to the sums.
+            figure: (..., F) sums -> (...).
+        """
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = float(figure(parts.sum(axis=0)))
+            values = figure(self._weights @ parts)
         if not np.isfinite(value):
             return None
-        values = np.array([figure(rows) for rows in self._draws])
         low, high = np.quantile(values[np.isfinite(values)], [0.025, 0.975])
         return Interval(value, float(low), float(high), self.n)
 
 
 def _accuracy(gap: Floats, label: Floats, resample: _Bootstrap) -> Interval | None:
-    decided = label != 0.5
-    right = np.where(gap == 0, 0.5, (gap > 0) == (label > 0.5))
+    decided = (label != 0.5).astype(np.float64)
+    right = np.where(gap == 0, 0.5, (gap > 0) == (label > 0.5)) * decided
     if resample.distinct:
-        return wilson(float(right[decided].sum()), int(decided.sum()))
-
-    def share(rows: NDArray[np.int64]) -> float:
-        kept = rows[decided[rows]]
-        return float(right[kept].mean()) if len(kept) else float("nan")
-
-    return resample(share)
+        return wilson(float(right.sum()), int(decided.sum()))
+    return resample(np.stack([right, decided], axis=1), lambda x: x[..., 0] / x[..., 1])
 
 
-def _spearman(x: Floats, y: Floats) -> float:
+def _spearman(x: Floats, y: Floats, resample: _Bootstrap) -> Interval | None:
     """Over pairs and their mirror images, since which answer is called a means nothing."""
-    x, y = np.concatenate([x, -x]), np.concatenate([y, -y])
-    if (x == x[0]).all() or (y == y[0]).all():
-        return float("nan")
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+    a, b = _centred_ranks(x), _centred_ranks(y)
+    return resample(
+        np.stack([a * b, a * a, b * b], axis=1),
+        lambda sums: sums[..., 0] / np.sqrt(sums[..., 1] * sums[..., 2]),
+    )
 
 
-def _ranks(x: Floats) -> Floats:
-    """Ranks from 0, equal values sharing their mean rank."""
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks: Floats = (ends - (counts + 1) / 2)[place]
-    return ranks
+def _centred_ranks(x: Floats) -> Floats:
+    """The ranks of x among x and -x, their mean taken off; equal values share their mean rank."""
+    _, place, counts = np.unique(np.concatenate([x, -x]), return_inverse=True, return_counts=True)
+    ranks: Floats = (np.cumsum(counts) - (counts + 1) / 2)[place[: len(x)]]
+    return ranks - (2 * len(x) - 1) / 2
 
 
-def _reliability(p: Floats, label: Floats) -> tuple[ReliabilityBin, ...]:
-    sure, right = np.maximum(p, 1 - p), np.where(p >= 0.5, label, 1 - label)
-    place = np.minimum(((sure - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
+def _stated(gap: Floats, label: Floats) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """How sure the model is of its choice, whether people agree, and the bin of the former."""
+    p = 1 / (1 + np.exp(-np.clip(gap, -500, 500)))
+    sure, right = np.maximum(p, 1 - p), np.where(p > 0.5, label, 1 - label)
+    right[p == 0.5] = 0.5  # no choice
+    return sure, right, np.minimum(((sure - 0.5) * 2 * _BINS).astype(np.int64), _BINS - 1)
+
+
+def _reliability(
+    sure: Floats, right: Floats, place: NDArray[np.int64]
+) -> tuple[ReliabilityBin, ...]:
     return tuple(
         ReliabilityBin(
             low=0.5 + i / (2 * _BINS),
