@@ -407,8 +407,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         "`equal`: 8 prompts of 64 tokens; `chat`: 8 conversations of 38 to 124 tokens; `groups`: 4 "
         "answers to each of 2 conversations. TRL's memory grows with its micro-batch and its time "
-        "falls, so its fastest setting is not its leanest. TRL trains its whole value model, prefopt an "
-        "adapter, as the reward adapter beside it.",
+        "falls, so its fastest setting is not its leanest. TRL's value and reward are whole models; "
+        "prefopt's are adapters on the policy's base.",
     ]
     missed = [
         f"{c['case']} {name} {c[key]:.2f}"

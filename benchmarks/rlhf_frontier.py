@@ -1,0 +1,694 @@
+"""Reward against KL on real language models: SFT, best-of-n, DPO and PPO with a known reward.
+
+    python benchmarks/rlhf_frontier.py                          # stories, 3 seeds; writes results/
+    python benchmarks/rlhf_frontier.py --parts smollm2          # DPO on SmolLM2-135M, LoRA
+    python benchmarks/rlhf_frontier.py --seeds 0 --quick
+
+The controlled-sentiment experiment of the DPO paper (Rafailov et al. 2023, arXiv:2305.18290, fig. 2),
+small enough for a CPU. The gold reward of an answer is the sentiment of its words,
+
+    r(y) = (s(y) - mean) / std,   s(y) = sum of the words' valences / sqrt(number of words),
+
+with the valences of VADER's lexicon (Hutto & Gilbert 2014; means over ten people; `pip install
+vaderSentiment`), mean and standard deviation under the reference, clipped at 3. It is known, needs no
+judge, real-valued, so that best-of-n hardly ever meets ties, and the root keeps an answer of one
+happy word from being as good as a happy answer.
+
+The reference is the model as it is. Answers have a fixed length and are sampled at temperature 1, so
+KL(policy || reference) is the mean of log pi / pi_ref over the policy's own answers (k1) or of the
+tokens' rho - 1 - log rho, rho = pi_ref / pi (k3); both are unbiased. Best-of-n draws its answers from
+the reference; its KL is log n - (n - 1) / n (Beirami et al. 2024, arXiv:2401.01879; less with ties).
+
+    ratio = (gold of the policy - of the reference) / (best-of-n at the same KL - of the reference)
+
+where n is real: the distribution of the largest of n has F^n for F. Intervals are bootstraps at 95 %
+over the evaluation prompts, which no training sees. PASS: DPO (both betas) and PPO have a ratio of at
+least 0.9 in the mean over the seeds. On SmolLM2 (LoRA, fewer answers, the labels of one pass):
+reward gain above 0 with its interval, KL of beta 0.1 above that of beta 0.5, ratio at least 0.7,
+distinct bigrams at least 0.8 of the reference's.
+
+The stories model comes from the folder PREFOPT_DATA (default ../shared/data); where it is missing,
+a model of the same kind is trained here on made-up sentences, which takes a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import importlib.resources
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = Path(os.environ.get("PREFOPT_DATA", ROOT.parent / "shared" / "data"))
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+import prefopt  # noqa: E402
+from prefopt.models import LoRASettings, load_model, lora_config  # noqa: E402
+from prefopt.sampling.best_of_n import best_of_n_kl, expected_best_of_n  # noqa: E402
+from prefopt.training.rollouts import RolloutSettings, TransformersEngine  # noqa: E402
+from prefopt.training.tree_model import choose_scoring, score_answers, tree_attention  # noqa: E402
+from prefopt.trees import AnswerTree, split_by_tokens  # noqa: E402
+
+Figures = dict[str, Any]
+Ids = tuple[int, ...]
+
+
+class Sentiment:
+    """The gold reward; see the module. `calibrate` sets its scale on the reference's answers."""
+
+    def __init__(self) -> None:
+        try:
+            lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
+        except ModuleNotFoundError:
+            raise SystemExit("the reward needs a lexicon: pip install vaderSentiment") from None
+        lines = (line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines())
+        self.valence = {word: float(value) for word, value, *_ in lines}
+        self.mean, self.std = 0.0, 1.0
+
+    def _raw(self, text: str) -> float:
+        words = re.findall(r"[a-z']+", text.lower())
+        return sum(self.valence.get(w, 0.0) for w in words) / math.sqrt(max(1, len(words)))
+
+    def __call__(self, text: str) -> float:
+        """The reward of one answer's text."""
+        return min(max((self._raw(text) - self.mean) / self.std, -3.0), 3.0)
+
+    def calibrate(self, texts: Sequence[str]) -> None:
+        """Mean 0 and standard deviation 1 on these texts."""
+        raw = [self._raw(text) for text in texts]
+        self.mean, self.std = statistics.mean(raw), statistics.pstdev(raw)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much of everything one part of the benchmark takes."""
+
+    opening: int  # tokens of a prompt
+    length: int  # tokens of an answer
+    train: int  # prompts that are labelled
+    test: int  # prompts that are evaluated
+    drawn: int  # answers a policy gives to each of those
+    pool: int  # answers of the reference to each, for best-of-n
+    at_once: int  # answers sampled at once
+    k: int  # labelled answers a prompt
+    betas: tuple[float, ...]
+    dpo: Figures  # settings of `DPOConfig`
+    target: float  # of the ratio to best-of-n
+    ppo: Figures | None = None  # settings of `PPOConfig`
+    lora: bool = False
+
+
+SETTINGS = {
+    "stories": Setting(
+        opening=16,
+        length=32,
+        train=4096,
+        test=128,
+        drawn=16,
+        pool=128,
+        at_once=1024,
+        k=4,
+        betas=(0.5, 1.0),
+        dpo={
+            "learning_rate": 3e-4,
+            "per_device_train_batch_size": 64,
+            "micro_batch_tokens": 16384,
+        },
+        target=0.9,
+        ppo={
+            "kl_coef": 0.5,
+            "learning_rate": 5e-4,
+            "value_learning_rate": 1e-3,
+            "per_device_train_batch_size": 64,
+            "num_generations": 4,
+            "num_rollouts": 40,
+            "micro_batch_tokens": 16384,
+            "generation_batch_size": 1024,
+        },
+    ),
+    "smollm2": Setting(
+        opening=8,
+        length=16,
+        train=256,
+        test=64,
+        drawn=4,
+        pool=32,
+        at_once=128,
+        k=4,
+        betas=(0.1, 0.5),
+        dpo={"learning_rate": 2e-4, "per_device_train_batch_size": 16, "micro_batch_tokens": 512},
+        target=0.7,
+        lora=True,
+    ),
+}
+
+
+@dataclass
+class World:
+    """A reference model, its openings as prompts, and the gold reward."""
+
+    model: Any
+    tokenizer: Any
+    setting: Setting
+    first: int  # the token that every opening begins with
+    gold: Sentiment = field(default_factory=Sentiment)
+
+    def sample(
+        self, model: Any, prompts: Sequence[Ids], k: int, seed: int, length: int | None = None
+    ) -> list[AnswerTree]:
+        """K answers of exactly `length` tokens to each prompt, at temperature 1."""
+        settings = RolloutSettings(
+            max_new_tokens=length or self.setting.length,
+            temperature=1.0,
+            stop_token_ids=(),
+            pad_token_id=0,
+            batch_size=self.setting.at_once,
+        )
+        found = TransformersEngine(model, settings).sample(prompts, k, seed)
+        return [
+            AnswerTree(prompt, tuple(answer.ids for answer in answers))
+            for prompt, answers in zip(prompts, found, strict=True)
+        ]
+
+    def openings(self, n: int, seed: int) -> list[Ids]:
+        """Different beginnings that the reference writes by itself."""
+        found: dict[Ids, None] = {}
+        while len(found) < n:
+            size = self.setting.opening - 1
+            (tree,) = self.sample(self.model, [(self.first,)], self.setting.at_once, seed, size)
+            found |= dict.fromkeys((self.first, *answer) for answer in tree.answers)
+            seed += 1
+        return list(found)[:n]
+
+    def rewards(self, trees: Sequence[AnswerTree]) -> np.ndarray:
+        """The gold reward of each tree's answers (N, K)."""
+        return np.array(
+            [[self.gold(text) for text in self.tokenizer.batch_decode(t.answers)] for t in trees]
+        )
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def token_logps(model: Any, trees: Sequence[AnswerTree]) -> np.ndarray:
+    """Log-probabilities (N, K, L) of the tokens of N trees with K answers of L tokens each."""
+    k, length = len(trees[0].answers), len(trees[0].answers[0])
+    found = np.empty((len(trees), k, length), dtype=np.float32)
+    scoring = choose_scoring(model)
+    with torch.no_grad(), tree_attention(model, scoring):
+        for part in split_by_tokens([tree.n_tokens for tree in trees], 4096):
+            batch = scoring.batch([trees[i] for i in part], 0)
+            scores = score_answers(model, batch, scoring, statistics=False).tokens.logprobs
+            found[part] = scores.view(len(part), k, length).numpy()
+    return found
+
+
+def bootstrap(measure: Callable[[np.ndarray], float], n: int, draws: int = 1000) -> list[float]:
+    """The 95 % interval of a figure of n prompts; `measure` takes which prompts were drawn."""
+    rng = np.random.default_rng(0)
+    found = [measure(rng.integers(n, size=n)) for _ in range(draws)]
+    return [float(x) for x in np.quantile(found, (0.025, 0.975))]
+
+
+class BestOf:
+    """Best-of-n of the reference, with the gold reward, for any real n >= 1."""
+
+    def __init__(self, scores: np.ndarray) -> None:
+        self.scores = np.sort(scores, axis=1)  # (prompts, pool)
+        self._places = np.arange(scores.shape[1] + 1) / scores.shape[1]
+
+    def reward(self, n: float) -> np.ndarray:
+        """The mean of the largest of n, for each prompt: the distribution F^n of the pool's F."""
+        return np.asarray(self.scores @ np.diff(self._places**n))
+
+    def at_kl(self, kl: float) -> np.ndarray:
+        """The reward of each prompt where log n - (n - 1) / n is this KL."""
+        low, high = 0.0, 20.0
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            n = math.exp(middle)
+            low, high = (middle, high) if middle - (n - 1) / n < kl else (low, middle)
+        return self.reward(math.exp(low))
+
+
+def distinct_bigrams(trees: Sequence[AnswerTree]) -> float:
+    """Different pairs of neighbouring tokens, as a share of all."""
+    pairs = [pair for tree in trees for a in tree.answers for pair in itertools.pairwise(a)]
+    return len(set(pairs)) / len(pairs)
+
+
+def evaluate(world: World, model: Any, test: Sequence[Ids], seed: int) -> Figures:
+    """Gold reward and log-ratios of a policy's answers, for each prompt."""
+    trees = world.sample(model, test, world.setting.drawn, 7000 + seed)
+    log_ratio = token_logps(model, trees)
+    with reference_of(model, world.model) as reference:
+        log_ratio -= token_logps(reference, trees)
+    k3 = np.exp(-log_ratio) - 1 + log_ratio
+    return {
+        "gold": world.rewards(trees).mean(1).tolist(),
+        "k1": log_ratio.sum(2).mean(1).astype(float).tolist(),
+        "k3": k3.sum(2).mean(1).astype(float).tolist(),
+        "distinct_bigrams": distinct_bigrams(trees),
+        "sample": world.tokenizer.decode([*trees[0].prompt_ids, *trees[0].answers[0]]),
+    }
+
+
+def summary(runs: Sequence[Figures], best: BestOf) -> Figures:
+    """Means over the seeds with intervals over the prompts, which all seeds share."""
+    gold, k1, k3 = (np.array([run[name] for run in runs]) for name in ("gold", "k1", "k3"))
+    start = best.reward(1.0)
+
+    def ratio(picked: np.ndarray, of: slice = slice(None)) -> float:
+        found = []
+        for rewards, nats in zip(gold[of], k1[of], strict=True):
+            kl = max(float(nats[picked].mean()), 1e-6)
+            gained = best.at_kl(kl)[picked].mean() - start[picked].mean()
+            found.append(float((rewards[picked].mean() - start[picked].mean()) / gained))
+        return statistics.mean(found)
+
+    def with_interval(values: np.ndarray) -> Figures:
+        by_prompt = values.mean(0)
+        interval = bootstrap(lambda i: float(by_prompt[i].mean()), len(by_prompt))
+        return {"mean": float(by_prompt.mean()), "interval": interval}
+
+    n = gold.shape[1]
+    return {
+        "gold": with_interval(gold),
+        "gain": with_interval(gold - start),
+        "kl_k1": with_interval(k1),
+        "kl_k3": with_interval(k3),
+        "ratio": {
+            "mean": ratio(np.arange(n)),
+            "interval": bootstrap(ratio, n, 200),
+            "by_seed": [ratio(np.arange(n), slice(i, i + 1)) for i in range(len(runs))],
+        },
+        "points": [[float(k.mean()), float(g.mean())] for k, g in zip(k1, gold, strict=True)],
+        "distinct_bigrams": statistics.mean(run["distinct_bigrams"] for run in runs),
+        "cpu_s": statistics.mean(run["cpu_s"] for run in runs),
+        "sample": runs[0]["sample"],
+    }
+
+
+@contextlib.contextmanager
+def reference_of(policy: Any, model: Any) -> Iterator[Any]:
+    """The reference: the policy's base where it is an adapter, else the model that was copied."""
+    if hasattr(policy, "disable_adapter"):
+        with policy.disable_adapter():
+            yield policy
+    else:
+        yield model
+
+
+# --- Training, by prefopt's trainers -------------------------------------------------------------
+
+
+def common(folder: str, seed: int, more: Figures) -> Figures:
+    """Settings that the trainers share."""
+    return {
+        "output_dir": folder,
+        "seed": seed,
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "report_to": [],
+        "disable_tqdm": True,
+        **more,
+    }
+
+
+def labelled(trees: Sequence[AnswerTree], rewards: np.ndarray) -> Dataset:
+    """Every pair of a prompt's answers with the Bradley-Terry probability of the gold reward."""
+    rows = []
+    for tree, scores in zip(trees, rewards.tolist(), strict=True):
+        pairs = []
+        for i, j in itertools.combinations(range(len(scores)), 2):
+            better, worse = (i, j) if scores[i] > scores[j] else (j, i)
+            p = 1 / (1 + math.exp(scores[worse] - scores[better]))
+            pairs.append({"chosen": better, "rejected": worse, "p_chosen": p})
+        rows.append(
+            {
+                "prompt_ids": list(tree.prompt_ids),
+                "answer_ids": [list(answer) for answer in tree.answers],
+                "scores": scores,
+                "preferences": pairs,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def train_dpo(
+    world: World, rows: Dataset, seed: int, folder: str, *, loss: str = "sigmoid", beta: float = 0.1
+) -> Any:
+    """DPO on soft labels; with the loss "sft", only the better answers of all pairs are learned."""
+    trainer = prefopt.DPOTrainer(
+        world.model if world.setting.lora else copy.deepcopy(world.model),
+        args=prefopt.DPOConfig(
+            **common(folder, seed, world.setting.dpo),
+            beta=beta,
+            loss_type=[loss],
+            gradient_checkpointing=False,
+            max_length=None,
+            num_train_epochs=1,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+        ),
+        train_dataset=rows,
+        processing_class=world.tokenizer,
+        peft_config=lora_config(LoRASettings()) if world.setting.lora else None,
+    )
+    trainer.train()
+    return trainer.model.eval()
+
+
+def train_ppo(world: World, prompts: Sequence[Ids], seed: int, folder: str) -> Any:
+    """PPO on the gold reward itself."""
+    trainer = prefopt.PPOTrainer(
+        copy.deepcopy(world.model),
+        lambda _, answers: [world.gold(text) for text in answers],
+        prefopt.PPOConfig(
+            **common(folder, seed, world.setting.ppo or {}),
+            max_new_tokens=world.setting.length,
+            stop_token_ids=[],
+            num_logged_answers=0,
+        ),
+        Dataset.from_dict({"prompt_ids": [list(prompt) for prompt in prompts]}),
+        processing_class=world.tokenizer,
+    )
+    trainer.train()
+    return trainer.model.eval()
+
+
+# --- The models ----------------------------------------------------------------------------------
+
+
+def stories() -> tuple[Any, Any, int, str]:
+    """The stories model, or one that is trained here; model, tokenizer, first token, name."""
+    folder = DATA / "lm_stories260k"
+    if not folder.exists():
+        return (*made_up_model(), "a model trained here on made-up sentences")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer, tokenizer.bos_token_id, "lm_stories260k (260,032 parameters)"
+
+
+def smollm2() -> tuple[Any, Any, int, str]:
+    """SmolLM2-135M-Instruct as a plain text model: its documents begin with <|endoftext|>."""
+    loaded = load_model("demo")
+    return loaded.model, loaded.tokenizer, 0, "SmolLM2-135M-Instruct (plain text)"
+
+
+def made_up_model(steps: int = 600) -> tuple[Any, Any, int]:
+    """A three-layer Llama over whole words, trained on sentences about animals and their moods."""
+    names = ["Tom", "Lily", "Max", *(f"the {animal}" for animal in ("dog", "cat", "bird", "bear"))]
+    moods = ["happy", "glad", "calm", "kind", "proud", "sad", "angry", "scared", "tired", "lonely"]
+    verbs = ["loved", "helped", "liked", "found", "saw", "hated", "lost", "broke", "feared", "hurt"]
+    things = ["ball", "tree", "house", "cake", "book", "flower", "toy", "storm", "friend", "song"]
+    rng = np.random.default_rng(0)
+
+    def sentence() -> str:
+        name, mood, verb, thing = map(rng.choice, (names, moods, verbs, things))
+        return f"{name} was {mood} . {name} {verb} the {thing} ."
+
+    text = " ".join(sentence() for _ in range(20_000)).split()
+    words = sorted(set(text))
+    vocabulary = {word: i for i, word in enumerate(["<s>", *words])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<s>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+    )
+    ids = torch.tensor([vocabulary[word] for word in text])
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=64,
+            intermediate_size=172,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        starts = torch.randint(len(ids) - 48, (32, 1))
+        rows = torch.cat([torch.zeros(32, 1, dtype=torch.long), ids[starts + torch.arange(48)]], 1)
+        model(input_ids=rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer, 0
+
+
+# --- The parts -----------------------------------------------------------------------------------
+
+
+def run_part(part: str, seeds: Sequence[int], folder: Path, say: Callable[[str], None]) -> Figures:
+    """All policies of one model. Each that is measured is kept in `folder` and not done again."""
+    setting = SETTINGS[part]
+    model, tokenizer, first, name = {"stories": stories, "smollm2": smollm2}[part]()
+    world = World(model, tokenizer, setting, first)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.process_time()
+    prompts = world.openings(setting.test + setting.train, 0)
+    test, train = prompts[: setting.test], prompts[setting.test :]
+    pool = world.sample(model, test, setting.pool, 1)
+    world.gold.calibrate([t for tree in pool for t in tokenizer.batch_decode(tree.answers)])
+    scores = world.rewards(pool)
+    best = BestOf(scores)
+    spent = time.process_time() - started
+    methods = [
+        "sft",
+        *(f"dpo {beta:g}" for beta in setting.betas),
+        *(["ppo"] if setting.ppo else []),
+    ]
+    runs: dict[str, list[Figures]] = {method: [] for method in methods}
+    for seed in seeds:
+        rows = None
+        for method in methods:
+            kept = folder / f"{part}-{method.replace(' ', '-')}-{seed}.json"
+            if kept.exists():
+                runs[method].append(json.loads(kept.read_text()))
+                continue
+            started = time.process_time()
+            with tempfile.TemporaryDirectory() as out:
+                if method == "ppo":
+                    policy = train_ppo(world, train, seed, out)
+                else:
+                    if rows is None:
+                        trees = world.sample(model, train, setting.k, 100 + seed)
+                        rows = labelled(trees, world.rewards(trees))
+                    loss = {"loss": "sft"} if method == "sft" else {"beta": float(method[4:])}
+                    policy = train_dpo(world, rows, seed, out, **loss)
+            found = evaluate(world, policy, test, seed)
+            found |= {"seed": seed, "cpu_s": time.process_time() - started}
+            if setting.lora:
+                world.model = policy.unload()
+                vars(world.model).pop("peft_config", None)
+            kept.write_text(json.dumps(found, indent=1) + "\n")
+            runs[method].append(found)
+            say(
+                f"{part} seed {seed}, {method}: gold {statistics.mean(found['gold']):.2f}, KL "
+                f"{statistics.mean(found['k1']):.2f}, "
+                f"ratio {summary([found], best)['ratio']['mean']:.2f} ({found['cpu_s']:.0f} s)"
+            )
+    curve = [
+        {
+            "n": n,
+            "kl": best_of_n_kl(n),
+            "gold": statistics.mean(expected_best_of_n(row, n) for row in scores.tolist()),
+            "interval": bootstrap(lambda i, n=n: float(best.reward(n)[i].mean()), len(test), 300),
+        }
+        for n in (1, 2, 4, 8, 16, 32)
+        if n <= setting.pool // 2
+    ]
+    distinct = distinct_bigrams(
+        [AnswerTree(tree.prompt_ids, tree.answers[: setting.drawn]) for tree in pool]
+    )
+    policies = {method: summary(found, best) for method, found in runs.items()}
+    return {
+        "model": name,
+        "setting": dataclasses.asdict(setting),
+        "seeds": list(seeds),
+        "best_of_n": curve,
+        "best_of_n_cpu_s": spent,
+        "reference_distinct_bigrams": distinct,
+        "policies": policies,
+        "checks": checks(setting, policies, distinct),
+    }
+
+
+def checks(setting: Setting, policies: dict[str, Figures], distinct: float) -> list[Figures]:
+    """What the benchmark asks for, each with its figure and whether it holds."""
+    found = []
+
+    def check(what: str, value: float, target: float) -> None:
+        found.append({"what": what, "value": value, "target": target, "holds": value >= target})
+
+    for name, policy in policies.items():
+        if name == "sft":
+            continue
+        check(f"{name}: gain / best-of-n's at its KL", policy["ratio"]["mean"], setting.target)
+        if setting.lora:
+            check(f"{name}: gain, lower end of its interval", policy["gain"]["interval"][0], 0.0)
+            share = policy["distinct_bigrams"] / distinct
+            check(f"{name}: distinct bigrams / the reference's", share, 0.8)
+    low, high = (policies[f"dpo {beta:g}"]["kl_k1"]["mean"] for beta in sorted(setting.betas))
+    check("KL of the smaller beta / of the larger", low / max(high, 1e-6), 1.0)
+    return found
+
+
+def run_frontier(
+    seeds: Sequence[int],
+    folder: str | Path,
+    parts: Sequence[str] = ("stories",),
+    say: Callable[[str], None] = print,
+) -> Figures:
+    """Measure the parts; every policy is kept in `folder`, so that a stopped call goes on."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    logging.getLogger("prefopt").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    return {part: run_part(part, seeds, Path(folder), say) for part in parts}
+
+
+# --- The report ----------------------------------------------------------------------------------
+
+
+def plot(result: Figures, path: Path) -> None:
+    """Gold reward against KL, a panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parts = result["parts"]
+    figure, axes = pyplot.subplots(1, len(parts), figsize=(6 * len(parts), 4.2), squeeze=False)
+    for axis, part in zip(axes[0], parts.values(), strict=True):
+        curve = part["best_of_n"]
+        kl = [point["kl"] for point in curve]
+        axis.plot(kl, [point["gold"] for point in curve], "k-o", markersize=3, label="best-of-n")
+        low, high = zip(*(point["interval"] for point in curve), strict=True)
+        axis.fill_between(kl, low, high, color="k", alpha=0.1)
+        for name, policy in part["policies"].items():
+            x, y = zip(*policy["points"], strict=True)
+            axis.plot(x, y, "o", label=name)
+        axis.set_xlabel("KL to the reference, nats an answer")
+        axis.set_ylabel("gold reward")
+        axis.set_title(part["model"], fontsize=9)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def table(result: Figures) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Reward against KL on real language models",
+        "",
+        f"`python benchmarks/rlhf_frontier.py --parts {' '.join(result['parts'])}` at "
+        f"{result['commit']}: {result['machine']}, 1 thread, {result['versions']}. Gold reward: "
+        "sentiment by VADER's word valences, mean 0 and standard deviation 1 under the reference. "
+        "Intervals: bootstrap over prompts, 95 %.",
+    ]
+
+    def shown(figure: Figures) -> str:
+        low, high = figure["interval"]
+        return f"{figure['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+    for part in result["parts"].values():
+        setting = part["setting"]
+        lines += [
+            "",
+            f"## {part['model']}",
+            "",
+            f"{setting['train']} prompts of {setting['opening']} tokens with {setting['k']} answers "
+            f"of {setting['length']} tokens each; {setting['test']} other prompts with "
+            f"{setting['drawn']} answers each evaluate a policy; "
+            f"seeds {', '.join(map(str, part['seeds']))}.",
+            "",
+            "| policy | gold | KL, k1 | KL, k3 | gain / best-of-n's at that KL | by seed | distinct "
+            "bigrams / reference's | CPU s |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, policy in part["policies"].items():
+            by_seed = ", ".join(f"{x:.2f}" for x in policy["ratio"]["by_seed"])
+            lines.append(
+                f"| {name} | {shown(policy['gold'])} | {shown(policy['kl_k1'])} | "
+                f"{shown(policy['kl_k3'])} | **{shown(policy['ratio'])}** | {by_seed} | "
+                f"{policy['distinct_bigrams'] / part['reference_distinct_bigrams']:.2f} | "
+                f"{policy['cpu_s']:.0f} |"
+            )
+        lines += ["", "| best of | KL, analytic | gold |", "|---|---|---|"]
+        for point in part["best_of_n"]:
+            value = {"mean": point["gold"], "interval": point["interval"]}
+            lines.append(f"| {point['n']} | {point['kl']:.2f} | {shown(value)} |")
+        lines += ["", "| check | value | target | |", "|---|---|---|---|"]
+        for check in part["checks"]:
+            lines.append(
+                f"| {check['what']} | {check['value']:.2f} | {check['target']} | "
+                f"{'holds' if check['holds'] else 'MISSED'} |"
+            )
+    lines += ["", "![Gold reward against KL](rlhf_frontier.svg)"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure, print and write; 1 where a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=list(SETTINGS), default=["stories"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, help="keeps finished policies; None: kept nowhere")
+    parser.add_argument("--quick", action="store_true", help="no files")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        parts = run_frontier(options.seeds, options.cache or temporary, options.parts)
+    result = {
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "parts": parts,
+    }
+    text = table(result)
+    print(text)
+    if not options.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "rlhf_frontier.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "rlhf_frontier.md").write_text(text)
+        plot(result, RESULTS / "rlhf_frontier.svg")
+    return 0 if all(c["holds"] for part in parts.values() for c in part["checks"]) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
