@@ -15,6 +15,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefopt.classic_flow import ClassicConfig as ClassicConfig
+    from prefopt.classic_flow import run_classic_flow as run_classic_flow
     from prefopt.data.dataset_card import dataset_card as dataset_card
     from prefopt.data.demonstrations import Demonstration as Demonstration
     from prefopt.data.demonstrations import demonstrations as demonstrations
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
     from prefopt.types import Verdict as Verdict
 
 _HOMES = {
+    "ClassicConfig": "classic_flow",
+    "run_classic_flow": "classic_flow",
     "dataset_card": "data.dataset_card",
     "Demonstration": "data.demonstrations",
     "demonstrations": "data.demonstrations",

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+from prefopt.classic_flow import ClassicConfig, run_classic_flow
 from prefopt.data.export_formats import FormatName
 from prefopt.errors import HostedError, PrefoptError
 from prefopt.evaluation.tuning_advice import Aim, Changes
@@ -20,6 +21,7 @@ from prefopt.label_job import LabelConfig
 from prefopt.models import Device, LoRASettings
 from prefopt.sampling.candidates import SamplingSettings
 from prefopt.training.dpo import DPOSettings
+from prefopt.training.sft import SFTSettings
 
 _DESCRIPTION = """\
 From prompts to a model that answers the way you prefer.
@@ -274,6 +276,52 @@ def train_dpo(
     print(f"adapter in {result.adapter}; the reference was {result.reference}")
 
 
+def train_sft(
+    out: str,
+    data: str | None = None,
+    preferences: str | None = None,
+    replay: str | None = None,
+    model: str = "demo",
+    lora: LoRASettings | None = None,
+    sft: SFTSettings = SFTSettings(),  # noqa: B008  frozen
+    device: Device = "auto",
+) -> None:
+    """Teach a model to answer as in demonstrations, or as the chosen side of preferences.
+
+    Example: prefopt train sft --data demonstrations.jsonl --model demo --out sft
+
+    Args:
+        out: folder for the adapter, or the model with --sft.tune full, its card and training log.
+        data: .jsonl, .json, .parquet, .txt or a Hub dataset with prompt and completion, messages, or
+            text.
+        preferences: preferences instead, as `prefopt train dpo` reads them.
+        replay: general data to mix in against forgetting, in the forms of --data.
+        model: "demo", a folder, or a Hub id.
+        lora: which adapter is trained.
+        sft: how it is trained.
+        device: "auto" takes a GPU where there is one.
+    """
+    from prefopt.data.demonstrations import demonstrations, load_demonstrations
+    from prefopt.data.preference_data import load_preferences
+    from prefopt.training.sft import train_sft as train
+
+    if data is not None and preferences is None:
+        rows = load_demonstrations(data)
+    elif preferences is not None and data is None:
+        shown = demonstrations(load_preferences(preferences))
+        print(shown)
+        rows = list(shown.rows)
+    else:
+        raise ValueError("give either --data or --preferences.")
+    result = train(rows, model, out, replay=replay, settings=sft, lora=lora, device=device)
+    for note in result.health:
+        print(f"{note.level}: {note.message}")
+    print(
+        f"{result.n_demonstrations} demonstrations and {result.n_replay} general rows "
+        f"({result.replay_token_share:.0%} of the tokens) learned; result in {result.folder}"
+    )
+
+
 def evaluate(
     out: str,
     prompts: str = "everyday",
@@ -461,6 +509,17 @@ def run(config: FlowConfig, on_change: Literal["refuse", "redo"]) -> None:
     Example: prefopt run --out runs/first --model demo --judge rules:house_style
     """
     _tell(run_flow(config, on_change=on_change), f"{config.out}/report")
+
+
+def classic(config: ClassicConfig, on_change: Literal["refuse", "redo"]) -> None:
+    """The classic path: SFT, reward model, PPO, report, in one folder that can be continued.
+
+    Example: prefopt classic --out runs/classic --model demo --judge rules:house_style
+    """
+    report = run_classic_flow(config, on_change=on_change)
+    _tell(report, f"{config.out}/report")
+    for name, value in report.details.items():
+        print(f"{name}: {value}")
 
 
 def _tell(report: Any, folder: str) -> None:
@@ -724,6 +783,8 @@ def build_parser() -> Any:
         commands.add_subcommand(function.__name__, sub, help=_summary(function))
     sub = _run_command("prefopt run --out FOLDER [options]", _text(run), FlowConfig)
     commands.add_subcommand("run", sub, help=_summary(run))
+    sub = _run_command("prefopt classic --out FOLDER [options]", _text(classic), ClassicConfig)
+    commands.add_subcommand("classic", sub, help=_summary(classic))
     judge = _parser("prefopt judge COMMAND [options]", _JUDGE_DESCRIPTION)
     commands.add_subcommand("judge", judge, help="Labels by a judge: prefopt judge --help")
     steps = judge.add_subcommands(required=True, dest="step")
@@ -763,13 +824,18 @@ def build_parser() -> Any:
         sub = _command(function, f"history {name} {files}")
         sub.add_function_arguments(function, as_group=False)
         steps.add_subcommand(name, sub, help=_summary(function))
-    train = _parser("prefopt train METHOD [options]", "Train on preferences.")
+    train = _parser("prefopt train METHOD [options]", "Train on preferences or demonstrations.")
     # jsonargparse wants an outer level registered before the inner one is filled.
-    commands.add_subcommand("train", train, help="Train on preferences: prefopt train dpo --help")
+    commands.add_subcommand(
+        "train", train, help="Train: prefopt train dpo --help, train sft --help"
+    )
     methods = train.add_subcommands(required=True, dest="method")
     sub = _command(train_dpo, "train dpo --preferences FILE --out FOLDER")
     sub.add_function_arguments(train_dpo, as_group=False)
     methods.add_subcommand("dpo", sub, help=_summary(train_dpo))
+    sub = _command(train_sft, "train sft --data FILE --out FOLDER")
+    sub.add_function_arguments(train_sft, as_group=False)
+    methods.add_subcommand("sft", sub, help=_summary(train_sft))
     return parser
 
 
@@ -795,7 +861,9 @@ def _command(function: Any, usage: str) -> Any:
     return parser
 
 
-def _run_command(usage: str, description: str, config_class: type[FlowConfig]) -> Any:
+def _run_command(
+    usage: str, description: str, config_class: type[FlowConfig] | type[ClassicConfig]
+) -> Any:
     from jsonargparse import ActionConfigFile
 
     parser = _parser(usage, description)
@@ -828,14 +896,23 @@ def main(arguments: list[str] | None = None) -> int:
     return _guarded(lambda: _dispatch(parser.instantiate(parsed)))
 
 
-def run_recipe(config_class: type[FlowConfig], arguments: list[str] | None = None) -> int:
-    """Run the flow from a recipe, with its own defaults and `prefopt run`'s options."""
+def run_recipe(
+    config_class: type[FlowConfig] | type[ClassicConfig], arguments: list[str] | None = None
+) -> int:
+    """Run a flow from a recipe, with its own defaults and the options of the flow's command."""
     story = sys.modules[config_class.__module__].__doc__ or ""
     parser = _run_command("python recipes/RECIPE.py [options]", story, config_class)
     values = vars(parser.instantiate(parser.parse_args(arguments)))
     values.pop("config", None)
     on_change = values.pop("on_change")
-    return _guarded(lambda: run(config_class(**values), on_change))
+    return _guarded(lambda: _run_any(config_class(**values), on_change))
+
+
+def _run_any(config: FlowConfig | ClassicConfig, on_change: Literal["refuse", "redo"]) -> None:
+    if isinstance(config, ClassicConfig):
+        classic(config, on_change)
+    else:
+        run(config, on_change)
 
 
 def _guarded(work: Callable[[], None]) -> int:
@@ -877,9 +954,10 @@ def _dispatch(parsed: Any) -> None:
     if name == "train":
         name, options = f"train_{options.method}", options[options.method]
     values = {key: value for key, value in vars(options).items() if key != "config"}
-    if name == "run":
+    if name in ("run", "classic"):
         on_change = values.pop("on_change")
-        run(FlowConfig(**values), on_change)
+        config_class = FlowConfig if name == "run" else ClassicConfig
+        _run_any(config_class(**values), on_change)
         return
     functions: dict[str, Callable[..., None]] = {
         "sample": sample,
@@ -888,6 +966,7 @@ def _dispatch(parsed: Any) -> None:
         "merge": merge,
         "export": export,
         "train_dpo": train_dpo,
+        "train_sft": train_sft,
     }
     functions[name](**values)
 

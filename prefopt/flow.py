@@ -13,6 +13,15 @@ from typing import Any, Literal
 
 import msgspec
 
+from prefopt.flow_stages import (
+    LEDGER,
+    AdapterOff,
+    Lazy,
+    answer_stage,
+    comparison_stage,
+    preference_stages,
+    spent_usd,
+)
 from prefopt.models import Device, LoRASettings
 from prefopt.sampling.candidates import SamplingSettings
 from prefopt.training.dpo import DPOSettings
@@ -109,17 +118,15 @@ def run_flow(
         count_labels,
         write_report,
     )
-    from prefopt.evaluation.evaluate import compare_answers, measure_forgetting, training_curve
-    from prefopt.judges import judge_comparisons, load_judge
+    from prefopt.evaluation.evaluate import measure_forgetting, training_curve
+    from prefopt.judges import load_judge
     from prefopt.models import load_model, model_fingerprint, resolve_device
-    from prefopt.preferences import build_preferences, pair_candidates
     from prefopt.runs import Run
-    from prefopt.sampling.candidates import sample_candidates
     from prefopt.training.dpo import load_training_log, train_dpo
     from prefopt.training.health import diagnose
-    from prefopt.types import Candidate, JudgedComparison, LeftOut, PreferenceGroup, Prompt
+    from prefopt.types import Prompt
 
-    ledger = Path(config.out) / "judgements.sqlite"
+    ledger = Path(config.out) / LEDGER
     judge = load_judge(
         config.judge,
         rubric=config.rubric,
@@ -143,39 +150,11 @@ def run_flow(
         held_out = run.records(
             "held_out_prompts", Prompt, lambda _: held_out, depends_on={"prompts": held_out}
         )
-        sampling = {"model": weights, "settings": config.sampling, "seed": config.seed}
-        base = _Lazy(lambda: load_model(config.model, device=config.device))
-
-        candidates = run.records(
-            "candidates",
-            Candidate,
-            lambda partial: sample_candidates(
-                train, base(), k=config.k, settings=config.sampling, seed=config.seed,
-                partial=partial, progress=progress,
-            ),
-            depends_on={**sampling, "k": config.k, "prompts": run.sha256_of("train_prompts")},
-        )  # fmt: skip
-        judged = run.records(
-            "judged",
-            JudgedComparison,
-            lambda _: judge_comparisons(
-                pair_candidates(candidates), judge, ledger=ledger, progress=progress
-            ),
-            depends_on={"judge": judge.fingerprint, "candidates": run.sha256_of("candidates")},
+        base = Lazy(lambda: load_model(config.model, device=config.device))
+        judged, preferences = preference_stages(
+            run, config, train, judge, base, weights, progress=progress
         )
-        preferences = build_preferences(
-            judged, min_margin=config.min_margin, pairs_per_prompt=config.pairs_per_prompt
-        )
-        labels = {
-            "judged": run.sha256_of("judged"),
-            "pairs_per_prompt": config.pairs_per_prompt,
-            "min_margin": config.min_margin,
-        }
-        groups = run.records(
-            "preferences", PreferenceGroup, lambda _: preferences.groups, depends_on=labels
-        )
-        run.records("left_out", LeftOut, lambda _: preferences.left_out, depends_on=labels)
-        logger.info("%s", preferences)
+        groups = preferences.groups
 
         def make_dataset(folder: Path) -> None:
             save_preferences(groups, folder / "train.jsonl")
@@ -183,7 +162,7 @@ def run_flow(
                 groups,
                 judge=judge.name,
                 left_out=preferences.left_out,
-                cost_usd=_spent(ledger),
+                cost_usd=spent_usd(ledger),
                 source=f"{config.k} answers a prompt sampled from {config.model}",
             )
             write_bytes(folder / "README.md", card.encode())
@@ -219,40 +198,19 @@ def run_flow(
             depends_on=adapter_needs,
         )  # fmt: skip
 
-        tuned = _Lazy(lambda: load_model(config.model, adapter=adapter, device=config.device))
-        asked = {**sampling, "prompts": run.sha256_of("held_out_prompts")}
-        answers_tuned = run.records(
-            "answers_tuned",
-            Candidate,
-            lambda partial: sample_candidates(
-                held_out, tuned(), k=1, settings=config.sampling, seed=config.seed + 1,
-                partial=partial, progress=progress, description="answering (tuned model)",
-            ),
-            depends_on={**asked, "adapter": run.sha256_of("adapter")},
+        tuned = Lazy(lambda: load_model(config.model, adapter=adapter, device=config.device))
+        answers_tuned = answer_stage(
+            run, config, "answers_tuned", held_out, tuned, weights, progress=progress,
+            description="answering (tuned model)",
+            depends_on={"adapter": run.sha256_of("adapter")},
         )  # fmt: skip
-
-        def sample_base(partial: Path) -> list[Candidate]:
-            with tuned().adapter_off() as model:
-                return sample_candidates(
-                    held_out, replace(model, name=config.model), k=1, settings=config.sampling,
-                    seed=config.seed + 1, partial=partial, progress=progress,
-                    description="answering (base model)",
-                )  # fmt: skip
-
-        answers_base = run.records("answers_base", Candidate, sample_base, depends_on=asked)
-        judged_held_out = run.records(
-            "judged_held_out",
-            JudgedComparison,
-            lambda _: judge_comparisons(
-                compare_answers(answers_tuned, answers_base), judge, ledger=ledger,
-                progress=progress,
-            ),
-            depends_on={
-                "judge": judge.fingerprint,
-                "tuned": run.sha256_of("answers_tuned"),
-                "base": run.sha256_of("answers_base"),
-            },
+        answers_base = answer_stage(
+            run, config, "answers_base", held_out, AdapterOff(tuned, config.model), weights,
+            progress=progress, description="answering (base model)",
         )  # fmt: skip
+        judged_held_out = comparison_stage(
+            run, "judged_held_out", answers_tuned, answers_base, judge, progress=progress
+        )
 
         def make_report(folder: Path) -> None:
             points = load_training_log(adapter)
@@ -268,7 +226,7 @@ def run_flow(
                 health=diagnose(points, beta=dpo.beta),
                 labels=count_labels(groups, preferences.left_out, judged),
                 preflight=checked.to_text().splitlines(),
-                cost_usd=_spent(ledger),
+                cost_usd=spent_usd(ledger),
                 seeds={"run": config.seed},
                 **measure_forgetting(tuned())._asdict(),
             )
@@ -284,26 +242,3 @@ def run_flow(
             },
         )
         return msgspec.json.decode((folder / "report.json").read_bytes(), type=EvalReport)
-
-
-class _Lazy:
-    """A model that is loaded when it is first needed: a finished stage needs none."""
-
-    def __init__(self, load: Any) -> None:
-        self._load, self._loaded = load, None
-
-    def __call__(self) -> Any:
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
-
-    def forget(self) -> None:
-        """Free the memory; the next call loads again."""
-        self._loaded = None
-
-
-def _spent(ledger: Path) -> float:
-    from prefopt.judges.ledger import Ledger
-
-    with Ledger(ledger) as book:
-        return book.spent_usd()

@@ -67,7 +67,8 @@ def test_dependencies_point_one_way(path):
              "labelling": 1, "judging_plan": 1, "preferences": 1,
              "runs": 2, "models": 2, "hosted": 2,
              "judges": 3, "sampling": 3, "training": 3, "testing": 3,
-             "evaluation": 4, "label_job": 4, "flow": 5, "cli": 6}  # fmt: skip
+             "evaluation": 4, "label_job": 4, "flow_stages": 4, "flow": 5,
+             "classic_flow": 5, "cli": 6}  # fmt: skip
     ranks |= dict.fromkeys(MATH_SIDE, 0)
     # Counting wins needs the types only, so that training may report a win rate too.
     ranks["evaluation.win_rate"] = 1

@@ -12,7 +12,7 @@ from prefopt.flow import FlowConfig
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["sample"], ["train", "dpo"], ["evaluate"], ["run"], ["merge"]]
+    [[], ["sample"], ["train", "dpo"], ["train", "sft"], ["evaluate"], ["run"], ["classic"], ["merge"]]
     + [["judge", s] for s in ("estimate", "label", "resume", "report", "calibrate", "export")],
 )
 def test_help_explains_every_option(command, capsys):
@@ -107,6 +107,24 @@ def test_the_steps_one_by_one(tiny_model, tmp_path, capsys):
                  "--judge", "scripted:longest", "--out", str(tmp_path / "rep2")]) == 0  # fmt: skip
     assert main(["evaluate", "--prompts", str(prompts), "--out", at["rep"]]) == 1
     assert "needs the tuned adapter" in capsys.readouterr().err
+
+
+def test_train_sft_takes_demonstrations_or_preferences(tiny_model, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "What?", "completion": "That."}\n' * 2)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Q", "chosen": "Ä", "rejected": "B"}\n')
+    (tmp_path / "g.txt").write_text("The sky is blue.\n")
+    common = ["train", "sft", "--model", tiny_model, "--sft.max_length", "64"]
+    assert main([*common, "--data", str(tmp_path / "d.jsonl"), "--replay", str(tmp_path / "g.txt"),
+                 "--sft.replay_share", "0.4", "--lora.r", "2",
+                 "--out", str(tmp_path / "a")]) == 0  # fmt: skip
+    assert "2 demonstrations and 1 general rows" in capsys.readouterr().out
+    assert '"r": 2' in (tmp_path / "a" / "adapter_config.json").read_text()
+    assert main([*common, "--preferences", str(tmp_path / "p.jsonl"), "--sft.tune", "full",
+                 "--out", str(tmp_path / "b")]) == 0  # fmt: skip
+    assert "1 demonstrations; left out: none" in capsys.readouterr().out
+    assert (tmp_path / "b" / "model.safetensors").is_file()
+    assert main([*common, "--out", str(tmp_path / "c")]) == 1
+    assert "either --data or --preferences" in capsys.readouterr().err
 
 
 def test_the_help_is_there_at_once():

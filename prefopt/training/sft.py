@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -36,9 +36,6 @@ from prefopt.models import (
 )
 from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
 from prefopt.training.health import HealthNote, diagnose, training_points
-
-if TYPE_CHECKING:
-    from prefopt.training.sft_trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -356,7 +353,7 @@ def _make_trainer(
     lora: LoRASettings,
     checkpoint_dir: Path,
     progress: bool,
-) -> SFTTrainer:
+) -> Any:
     import datasets
     import torch
     import trl
