@@ -76,6 +76,8 @@ class RewardTrainer(TreeTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = own_reward_config(args, str(name or "model"))
         _check_arguments(model, train_dataset, peft_config)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # a score depends on all that trains
         transformers.set_seed(args.seed)
         given = model if isinstance(model, RewardModel) else None
         if isinstance(model, str):

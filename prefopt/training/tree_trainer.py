@@ -200,11 +200,24 @@ class TreeTrainer(transformers.Trainer):
             for i, share in enumerate(shares)
         ], None
 
+    def _rows_counted_once(self, rows: tuple[PreferenceRow, ...]) -> tuple[PreferenceRow, ...]:
+        """Without the rows that fill up the last batches, so that all processes have as many."""
+        shards = self.is_fsdp_enabled or self.is_deepspeed_enabled  # and needs every forward pass
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or shards or not state.end_of_dataloader:
+            return rows
+        if state.remainder <= 0:
+            return rows
+        before = self.accelerator.process_index * self.args.eval_batch_size
+        return rows[: max(0, state.remainder - before)]
+
     def _plan_alone(self, inputs: Any) -> PlannedBatch:
         """A batch that is a whole step by itself, as in evaluation."""
         if isinstance(inputs, PlannedBatch):
             return inputs
-        rows = batch_rows(inputs).rows
+        rows = self._rows_counted_once(batch_rows(inputs).rows)
+        if not rows:
+            return PlannedBatch((), 1.0, 0.0, 0)
         chosen = sum(
             pair.weight * len(row.sequences[pair.chosen].answer_ids)
             for row in rows
@@ -261,7 +274,7 @@ class TreeTrainer(transformers.Trainer):
                 self._micro_batch_loss(model, micro_batch, planned, mode)
                 for micro_batch in planned.micro_batches
             ]
-        loss = torch.stack(losses).sum()
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -132,7 +132,7 @@ def test_a_trainable_one_can_be_trained_further(tiny_model, tmp_path):
 
 
 @given(st.integers(0, 10_000), st.integers(1, 200))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_no_batching_or_padding_changes_a_score(seed, budget):
     reward = perturb(RewardModel.new(tiny_policy(), peft_config=copy.deepcopy(LORA)))
     batch = trees(seed=seed)
