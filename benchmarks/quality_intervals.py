@@ -175,7 +175,7 @@ def stopping(rng: np.random.Generator, runs: int) -> list[list[str]]:
         stops, missed, decisions = [], [], []
         for _ in range(runs):
             scores = draw_scores(rng, rate, 0.3, 0.0, (240, 1))[:, 0]
-            sequence, stop, peeked = ConfidenceSequence(), None, False
+            sequence, stop, peeked = ConfidenceSequence(horizon=240), None, False
             for t, score in enumerate(scores, start=1):
                 sequence.add(float(score))
                 if t % WAVE or stop is not None:

@@ -58,6 +58,33 @@ def test_strengths_reproduce_every_models_share_of_points() -> None:
     assert sum(strength.values()) == pytest.approx(0, abs=1e-9)
 
 
+def test_the_american_league_of_1987() -> None:
+    """Agresti 2002, "Categorical Data Analysis", section 10.6: strengths with Baltimore at 0."""
+    teams = ("Milwaukee", "Detroit", "Toronto", "New York", "Boston", "Cleveland", "Baltimore")
+    wins = [
+        [0, 7, 9, 7, 7, 9, 11],
+        [6, 0, 7, 5, 11, 9, 9],
+        [4, 6, 0, 7, 7, 8, 12],
+        [6, 8, 6, 0, 6, 7, 10],
+        [6, 2, 6, 7, 0, 7, 12],
+        [4, 4, 5, 6, 6, 0, 6],
+        [2, 4, 1, 3, 1, 7, 0],
+    ]
+    rows = [
+        scored(1.0, prompt=f"{i} {j} {k}", a=teams[i], b=teams[j])
+        for i, row in enumerate(wins)
+        for j, count in enumerate(row)
+        for k in range(count)
+    ]
+    found = rank_models(rows)
+    strength = {m.model: m.strength for m in found.models}
+    apart = [strength[team] - strength["Baltimore"] for team in teams]
+    assert apart == pytest.approx([1.581, 1.436, 1.294, 1.248, 1.108, 0.684, 0], abs=4e-3)
+    assert [m.model for m in found.models] == list(teams)
+    last = found.models[-1]
+    assert (last.rank_low, last.rank_high) == (7, 7)  # 0.684 with an error of 0.337, published
+
+
 def test_models_never_compared_directly_are_ranked_through_others() -> None:
     rows = [*record("x", "y", 70, 0, 30), *record("y", "z", 70, 0, 30, 200)]
     pair = rank_models(rows).win_rate_of("x", "z")

@@ -53,18 +53,34 @@ def test_the_first_two_bets_by_hand() -> None:
     sequence = ConfidenceSequence()
     sequence.add(1.0)
     first = min(math.sqrt(2 * math.log(40) / (0.25 * 1 * math.log(2))), 0.5 / 0.2)
-    assert sequence._up[200] == pytest.approx(math.log(1 + first * 0.8))
+    assert sequence._up[0, 200] == pytest.approx(math.log(1 + first * 0.8))
     first_down = min(math.sqrt(2 * math.log(40) / (0.25 * math.log(2))), 0.5 / 0.8)
-    assert sequence._down[200] == pytest.approx(math.log(1 - first_down * 0.8))
+    assert sequence._down[0, 200] == pytest.approx(math.log(1 - first_down * 0.8))
     sequence.add(0.0)
     # After the score 1 the mean, with half a score at 1/2 before it, is 0.75.
     variance = (0.25 + (1 - 0.75) ** 2) / 2
     second = min(math.sqrt(2 * math.log(40) / (variance * 2 * math.log(3))), 2.5)
-    assert sequence._up[200] == pytest.approx(
+    assert sequence._up[0, 200] == pytest.approx(
         math.log(1 + first * 0.8) + math.log(1 - second * 0.2)
     )
     assert sequence.interval == (0.0, 1.0)
     assert sequence.mean == 0.5
+
+
+def test_a_known_number_of_scores_adds_two_gamblers_by_hand() -> None:
+    sequence = ConfidenceSequence(horizon=100)
+    sequence.add(1.0)
+    bets = [math.sqrt(2 * math.log(40) / (0.25 * n)) for n in (math.log(2), 25, 100)]
+    wealth = [math.log(1 + min(bet, 0.5 / 0.2) * 0.8) for bet in bets]
+    assert sequence._up[:, 200] == pytest.approx(wealth)
+    # All m up to the one at which the mean wealth reaches 40 stay: none is left out yet.
+    assert sequence.interval == (0.0, 1.0)
+    for _ in range(19):
+        sequence.add(1.0)
+    low, high = sequence.interval
+    mean_up = np.exp(sequence._up).mean(axis=0)
+    assert high == 1
+    assert mean_up[round(1000 * low)] >= 40 > mean_up[round(1000 * low) + 1]
 
 
 def test_before_any_score_everything_is_possible() -> None:
@@ -73,12 +89,17 @@ def test_before_any_score_everything_is_possible() -> None:
         ConfidenceSequence().add(1.2)
     with pytest.raises(ValueError, match="confidence"):
         ConfidenceSequence(confidence=1.0)
+    with pytest.raises(ValueError, match="horizon"):
+        ConfidenceSequence(horizon=0)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), max_size=60))
-def test_the_interval_only_narrows_and_mirrors(scores: list[float]) -> None:
-    there, back = ConfidenceSequence(), ConfidenceSequence()
+@given(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), max_size=60),
+    st.sampled_from([None, 1, 40, 10_000]),
+)
+def test_the_interval_only_narrows_and_mirrors(scores: list[float], horizon: int | None) -> None:
+    there, back = (ConfidenceSequence(horizon=horizon) for _ in range(2))
     low, high = 0.0, 1.0
     for score in scores:
         there.add(score)
@@ -89,13 +110,13 @@ def test_the_interval_only_narrows_and_mirrors(scores: list[float]) -> None:
         assert back.interval == pytest.approx((1 - high, 1 - low))
 
 
-def _misses(runs: int, rate: float, ties: float) -> float:
+def _misses(runs: int, rate: float, ties: float, horizon: int | None) -> float:
     """How often the truth is left out at any of 150 looks."""
     rng = np.random.default_rng(0)
     missed = 0
     for _ in range(runs):
         win = rate - ties / 2
-        sequence = ConfidenceSequence()
+        sequence = ConfidenceSequence(horizon=horizon)
         for score in rng.choice([1.0, 0.5, 0.0], size=150, p=[win, ties, 1 - win - ties]):
             sequence.add(float(score))
         low, high = sequence.interval  # what was left out once stays out
@@ -105,13 +126,14 @@ def _misses(runs: int, rate: float, ties: float) -> float:
 
 @pytest.mark.parametrize(("rate", "ties"), [(0.5, 0.3), (0.9, 0.1)])
 def test_the_truth_is_rarely_left_out_at_any_look(rate: float, ties: float) -> None:
-    assert _misses(60, rate, ties) <= 0.09
+    assert _misses(60, rate, ties, 150) <= 0.09
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rate", "ties"), [(0.5, 0.0), (0.5, 0.6), (0.7, 0.3), (0.97, 0.02)])
-def test_the_truth_is_left_out_at_any_look_less_often_than_promised(rate, ties) -> None:
-    assert _misses(800, rate, ties) < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 800)
+@pytest.mark.parametrize("horizon", [None, 150])
+@pytest.mark.parametrize(("rate", "ties"), [(0.5, 0.0), (0.5, 0.6), (0.97, 0.02)])
+def test_the_truth_is_left_out_at_any_look_less_often_than_promised(rate, ties, horizon) -> None:
+    assert _misses(800, rate, ties, horizon) < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 800)
 
 
 @pytest.mark.parametrize(
