@@ -362,6 +362,31 @@ def test_a_loss_that_is_not_finite_stops_with_the_row(tmp_path):
     assert str(e.value).count("\n") == 1
 
 
+@each_kind
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, how):
+    common = {"engine": ByPrompt(), "optim": "sgd", "num_rollouts": 1, **how}
+    found = [
+        trained(tmp_path / str(on), gradient_checkpointing=on, **common) for on in (False, True)
+    ]
+    assert_same(weights(found[1]), weights(found[0]), 1e-5)
+
+
+@each_kind
+def test_bf16_autocast_in_all_passes(tmp_path, how):
+    trainer = trained(tmp_path, bf16=True, num_rollouts=1, num_ppo_epochs=1, **how)
+    first = trainer.state.log_history[0]
+    assert first["policy/ratio"] == pytest.approx(1.0, abs=1e-3)
+    assert all(p.dtype == torch.float32 for p in weights(trainer))
+
+
+def test_adapters_on_a_base_in_bf16(tmp_path):
+    trainer = trained(
+        tmp_path, model=tiny_policy().to(torch.bfloat16), peft_config=LORA, num_rollouts=1
+    )
+    assert {p.dtype for p in weights(trainer)} == {torch.float32}
+    assert trainer.state.log_history[0]["objective/kl"] == pytest.approx(0.0, abs=0.05)
+
+
 # --- Checkpoints --------------------------------------------------------------------------------
 
 
@@ -427,6 +452,22 @@ def test_held_out_prompts_are_answered_and_scored(tmp_path):
     found = [line for line in trainer.state.log_history if "eval_scores" in line]
     assert [line["step"] for line in found] == [2, 4]
     assert all(0 <= line["eval_scores"] <= 1 and line["eval_failed"] == 0 for line in found)
+
+
+def test_callbacks_that_let_the_policy_answer(tmp_path):
+    from prefopt import SampledAnswers
+    from tests.tiny_models import save_tiny_model
+
+    folder = save_tiny_model(tmp_path / "tiny")
+    trainer = make_trainer(
+        tmp_path / "run", model=folder, rows=[{"prompt": "The sky"}, {"prompt": "Hello"}],
+        reward=lambda p, a: [float(len(x)) for x in a], peft_config=LORA, num_rollouts=1,
+        callbacks=[SampledAnswers(["The sea"], every=1, max_new_tokens=4)],
+        per_device_train_batch_size=2,
+    )  # fmt: skip
+    trainer.train()
+    lines = (tmp_path / "run" / "sampled_answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
 
 
 # --- Settings -----------------------------------------------------------------------------------
