@@ -38,6 +38,8 @@ The same way in steps, each reading the file that the last one wrote:
   prefopt train dpo --preferences labels/preferences.jsonl --model Qwen/Qwen3-0.6B --out adapter
   prefopt evaluate  --prompts held_out.jsonl --model Qwen/Qwen3-0.6B --adapter adapter --out report
 
+The classic path instead of DPO (SFT, reward model, PPO): prefopt classic --out runs/classic
+
 Not sure that tuning fits? prefopt advise weighs it and measures the best prompt first.
 
 Every command has its own --help. A command that was stopped goes on when it is called again.
@@ -336,6 +338,7 @@ def evaluate(
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
     seed: int = 1,
     device: Device = "auto",
+    stop: Literal["never", "decided"] = "never",
 ) -> None:
     """Compare a tuned model with its base model, or two answer files, and write a report.
 
@@ -356,6 +359,8 @@ def evaluate(
         sampling: how the answers are sampled.
         seed: of the sampling.
         device: "auto" takes a GPU where there is one.
+        stop: "decided" judges prompts in random order and stops when the result is sure, which saves
+            calls to a paid judge; "never" judges all.
     """
     from prefopt.evaluation.evaluate import evaluate_answers, evaluate_model
 
@@ -364,6 +369,7 @@ def evaluate(
         "rubric": rubric,
         "max_usd": max_usd,
         "prices": prices,
+        "stop": stop,
     }
     if tuned_answers is not None or base_answers is not None:
         report = evaluate_answers(tuned_answers, base_answers, out, **options)

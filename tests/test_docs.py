@@ -167,6 +167,19 @@ def test_the_ppo_scripts_of_the_docs_run_as_written(tmp_path, monkeypatch):
     assert (tmp_path / "adapter" / "value" / "heads.safetensors").is_file()
 
 
+def test_the_sft_script_of_the_docs_runs_as_written(tmp_path, monkeypatch):
+    """With a tiny model and rows of its own."""
+    tiny_model = save_tiny_model(tmp_path / "tiny", context=1024)
+    rows = '{"prompt": "What is %d?", "chosen": " one thing", "rejected": " another"}\n'
+    (tmp_path / "preferences.jsonl").write_text("".join(rows % i for i in range(9)))
+    (tmp_path / "general.jsonl").write_text('{"text": "The sky is blue."}\n')
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "docs" / "sft.md", "python")
+    names = {}
+    exec(compile(block.replace("Qwen/Qwen3-0.6B", tiny_model), "docs/sft.md", "exec"), names)
+    assert (names["result"].n_demonstrations, names["result"].n_replay) == (9, 1)
+
+
 def test_options_named_in_the_docs_exist():
     help_text = build_parser().format_help() + "".join(
         sub.format_help() for sub in build_parser()._subcommands_action._name_parser_map.values()

@@ -51,6 +51,11 @@ class SFTTrainer(trl.SFTTrainer):
     _tag_names = ("prefopt", "sft")
 
     def __init__(self, *, micro_batch_tokens: int | None, **arguments: Any) -> None:
+        if arguments["args"].gradient_accumulation_steps != 1:
+            raise ValueError(
+                "a batch is one step here, however little fits into memory at once; leave "
+                "gradient_accumulation_steps at 1 and set micro_batch_tokens."
+            )
         super().__init__(data_collator=collate_rows, **arguments)
         self.scoring = choose_scoring(self.model)
         default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])

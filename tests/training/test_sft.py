@@ -325,6 +325,14 @@ def test_what_excludes_each_other_is_refused(tiny_model, tmp_path):
         train(load_model(tiny_model), tmp_path / "out", lora=LoRASettings(continue_from="x"))
 
 
+def test_the_trainer_refuses_to_split_a_step_over_batches(tmp_path):
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), gradient_accumulation_steps=2, use_cpu=True, bf16=False
+    )
+    with pytest.raises(ValueError, match="micro_batch_tokens"):
+        SFTTrainer(micro_batch_tokens=None, args=args, model=None, train_dataset=None)
+
+
 def test_bad_settings_are_told_all_at_once():
     with pytest.raises(
         ValueError, match=r"tune.*epochs.*learning_rate.*batch_size.*max_length.*replay_share"
