@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prefopt.errors import TrainingError
@@ -87,7 +88,7 @@ class SampledBatch:
 RewardSource = Callable[[SampledBatch], Scores]
 
 
-def reward_source(reward: Any, tokenizer: Any) -> RewardSource:
+def reward_source(reward: Any, tokenizer: Any, ledger: str | Path | None = None) -> RewardSource:
     """What makes scores of a reward model, a function or a judge.
 
     A function is called with the prompts and the answers' texts, one of each for every answer;
@@ -97,13 +98,18 @@ def reward_source(reward: Any, tokenizer: Any) -> RewardSource:
     A judge compares the answers to a prompt with each other; an answer's score is the share of its
     comparisons that it wins, a tie counting half.
 
+    Args:
+        reward: what scores.
+        tokenizer: the policy's.
+        ledger: where a judge's verdicts are kept, so that a continued run asks nothing twice.
+
     Raises:
         TypeError: `reward` is nothing of these.
     """
     if isinstance(reward, RewardModel):
         return functools.partial(_model_scores, reward, _same_ids(reward, tokenizer))
     if isinstance(reward, Judge):
-        return functools.partial(_judge_scores, reward)
+        return functools.partial(_judge_scores, reward, ledger)
     if callable(reward):
         return functools.partial(_function_scores, reward, _extras(reward))
     raise TypeError(
@@ -174,7 +180,7 @@ def _function_scores(
     return [None if score is None else float(score) for score in scores]
 
 
-def _judge_scores(judge: Judge, batch: SampledBatch) -> Scores:
+def _judge_scores(judge: Judge, ledger: str | Path | None, batch: SampledBatch) -> Scores:
     prompts = batch.prompt_texts()
     groups: dict[int, list[int]] = {}
     for index, prompt in enumerate(batch.prompt_of):
@@ -200,7 +206,9 @@ def _judge_scores(judge: Judge, batch: SampledBatch) -> Scores:
                     continue
                 comparisons.append(Comparison(a=candidates[i], b=candidates[j]))
                 sides.append((i, j))
-    judged = judge_comparisons(comparisons, judge, progress=False) if comparisons else []
+    judged = (
+        judge_comparisons(comparisons, judge, ledger=ledger, progress=False) if comparisons else []
+    )
     for (i, j), verdict in zip(sides, judged, strict=True):
         grade = verdict.mean_grade  # None where the judge failed
         if grade is not None:

@@ -144,7 +144,8 @@ class PPOTrainer(transformers.Trainer):
             `prefopt.training.answer_rewards.reward_source`.
         args: a `PPOConfig`.
         train_dataset: rows with `prompt` or `prompt_ids`.
-        ref_model: what the policy is held to; None takes the policy as it is before training.
+        ref_model: what the policy is held to, a model or its name; None takes the policy as it is
+            before training.
         value_model: where the value starts from: a `RewardModel`, or a causal language model; None
             takes the reward model where there is one, else the policy with a head of zeros.
         eval_dataset: prompts that are answered and scored at each evaluation.
@@ -194,6 +195,8 @@ class PPOTrainer(transformers.Trainer):
                     resolve_model_path(model)
                 )
             model = load_policy(model, {"dtype": "float32"})
+        if isinstance(ref_model, str):
+            ref_model = load_policy(ref_model, {"dtype": "float32"})
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.roles, reward = build_roles(
             model,
@@ -206,7 +209,8 @@ class PPOTrainer(transformers.Trainer):
         )
         policy = self.roles.policy
         self.reward = reward
-        self._score = reward_source(reward, self._tokenizer)
+        ledger = Path(args.output_dir) / "reward_judgements.sqlite"
+        self._score = reward_source(reward, self._tokenizer, ledger)
         if args.learning_rate is None:
             args.learning_rate = 5e-5 if self.roles.one_base else 3e-6
         if args.gradient_checkpointing and self.roles.one_base:
@@ -923,6 +927,8 @@ def _check(model: Any, ref_model: Any, peft_config: Any, args: Any) -> None:
             "peft_config was given with a model that has an adapter already; merge that adapter "
             "first, or leave peft_config out to train it further"
         )
+    if args.torch_compile:
+        problems.append("torch_compile is not supported: every rollout batch has other shapes")
     if problems:
         raise ValueError("; ".join(problems) + ".")
     # Every process reads its own row numbers: they are no tensors to send around.
