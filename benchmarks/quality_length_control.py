@@ -203,8 +203,9 @@ def main() -> None:
     summary = [
         "| compared with AlpacaEval's published figures | models | mean apart | largest apart |",
         "|---|---|---|---|",
-        f"| prediction from the published weights | {len(formula)} | {np.mean(formula):.3f} | "
-        f"{max(formula):.3f} |",
+        "| prediction from the published weights "
+        f"({sum(e < 1e-4 for e in formula)} within 0.0001) | {len(formula)} | "
+        f"{np.mean(formula):.3f} | {max(formula):.3f} |",
         f"| win rate | {len(found)} | | {raw:.4f} |",
         f"| length-controlled, fitted by prefopt | {len(tests)} | {full.mean():.3f} | "
         f"{full.max():.3f} |",

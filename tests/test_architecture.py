@@ -19,6 +19,8 @@ TEXT_SIDE = {
     "judges.asking", "judges.waves", "judges.canaries", "judges.label_report", "judges.label_page",
     "judges.agreement", "judges.calibration", "judges.calibrate",
     "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate",
+    "evaluation.sequential", "evaluation.logistic", "evaluation.length_control", "evaluation.style",
+    "evaluation.ranking", "evaluation.human_correction",
     "evaluation.eval_report", "evaluation.figure",
     "evaluation.advice", "evaluation.tuning_advice", "training.health",
     "training.reward_report", "training.ppo_health", "sampling.best_of_n", "hosted",

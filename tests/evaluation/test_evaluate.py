@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.data.records import read_records
+from prefopt.cli import main
+from prefopt.data.records import read_records, write_records
 from prefopt.evaluation.evaluate import evaluate_answers
 from prefopt.judges.scripted import shortest_wins
 from prefopt.types import Candidate, JudgedComparison, Prompt
@@ -47,3 +48,16 @@ def test_without_stopping_all_is_judged_and_the_figure_at_equal_length_is_there(
     assert report.win_rate.n == 60
     assert report.length_control is not None
     assert report.length_control.win_rate is None  # it won every comparison
+
+
+def test_the_command_takes_the_same_option(tmp_path, capsys) -> None:
+    for name, side in zip(("tuned", "base"), sides(90), strict=True):
+        write_records(tmp_path / f"{name}.jsonl", side)
+    done = main(
+        ["evaluate", "--tuned_answers", str(tmp_path / "tuned.jsonl"), "--base_answers",
+         str(tmp_path / "base.jsonl"), "--judge", "scripted:shortest", "--stop", "decided",
+         "--out", str(tmp_path / "report")]
+    )  # fmt: skip
+    assert done == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["stopping"]["n_not_asked"] > 0
