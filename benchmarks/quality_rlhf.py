@@ -61,6 +61,8 @@ PARTS = ("exact", "overopt", "frontier")
 # Everything fits into one micro-batch: answers of five symbols.
 AT_ONCE = 1 << 20
 RM_LABELS = (128, 512, 2048, 8192)
+FEW_LABELS = (128, 512)
+DRAWS = 4
 RM_EPOCHS = {128: 12, 512: 6, 2048: 4, 8192: 3, LABELS: 3}
 PPO_STEPS = 100
 FLOOR_STEPS = 400
@@ -125,12 +127,12 @@ def run_dpo(world: World, rows: list[dict[str, Any]], policy: Any = None, **more
     return trainer.model
 
 
-def run_reward(world: World, n: int) -> Any:
-    """A reward model trained by `RewardTrainer` on n pairs."""
+def run_reward(world: World, n: int, draw: int = 0) -> Any:
+    """A reward model trained by `RewardTrainer` on n pairs; each `draw` has other pairs."""
     from prefopt.training.reward_model import RewardModel
     from prefopt.training.reward_trainer import RewardConfig, RewardTrainer
 
-    pairs = world.pairs(n, torch.Generator().manual_seed(2000 + world.seed))
+    pairs = world.pairs(n, torch.Generator().manual_seed(2000 + world.seed + 100 * draw))
     with tempfile.TemporaryDirectory() as temporary:
         trainer = RewardTrainer(
             RewardModel.new(copy.deepcopy(world.reference), world.tokenizer(), seed=world.seed),
@@ -354,6 +356,19 @@ def measure_overopt(world: World, n: int) -> Figures:
     return {f"labels_{n}": found}
 
 
+def measure_draws(world: World) -> Figures:
+    """Small reward models on other pairs: which 128 or 512 pairs one has is a matter of luck."""
+    found: Figures = {}
+    for n in FEW_LABELS:
+        found[f"draws_{n}"] = []
+        for draw in range(1, DRAWS):
+            scores = all_scores(world, run_reward(world, n, draw))
+            gold = world.value(world.best_of(16, scores)).reward
+            accuracy = judged(world, scores)["accuracy"]
+            found[f"draws_{n}"].append({"accuracy": accuracy, "gold_16": gold})
+    return found
+
+
 def scores_std(world: World, scores: Tensor) -> Tensor:
     """The standard deviation of scores under the reference, within prompts."""
     q = world.ref_logps.exp()
@@ -442,26 +457,26 @@ def overopt_checks(seeds: list[Figures]) -> list[Figures]:
     checks = Checks()
     sizes = [f"labels_{n}" for n in RM_LABELS]
 
-    def rise(read: Callable[[Figures], float], names: Sequence[str]) -> list[float]:
-        """The smallest step from one to the next; above 0 where all rise."""
-        rows = [[read(seed[name]) for name in names] for seed in seeds]
-        return [min(b - a for a, b in itertools.pairwise(row)) for row in rows]
+    def rise(figure: str) -> list[float]:
+        """The smallest step from few labels to many; above 0 where all rise."""
+        return [
+            min(b - a for a, b in itertools.pairwise(mean_of_draws(seed, n, figure)
+                                                     for n in (*FEW_LABELS, RM_LABELS[-1])))
+            for seed in seeds
+        ]  # fmt: skip
 
-    def gold_at(n: int) -> Callable[[Figures], float]:
-        return lambda found: next(p["gold"] for p in found["best_of"] if p["n"] == n)
-
-    spread = ("labels_128", "labels_512", "labels_8192")
+    labels = f"128, 512 (means of {DRAWS} draws), 8,192"
     checks.add(
-        "accuracy of the reward model rises with labels (128, 512, 8,192): smallest step", "> 0",
-        rise(lambda found: found["reward_model"]["accuracy"], spread), lambda x: x > 0,
+        f"accuracy of the reward model rises with labels ({labels}): smallest step", "> 0",
+        rise("accuracy"), lambda x: x > 0,
     )  # fmt: skip
     checks.add(
         "ECE at 8,192 labels", "<= 0.03",
         [seed["labels_8192"]["reward_model"]["ece"] for seed in seeds], lambda x: x <= 0.03,
     )  # fmt: skip
     checks.add(
-        "gold of best of 16 rises with labels (128, 512, 8,192): smallest step", "> 0",
-        rise(gold_at(16), spread), lambda x: x > 0,
+        f"gold of best of 16 rises with labels ({labels}): smallest step", "> 0",
+        rise("gold_16"), lambda x: x > 0,
     )  # fmt: skip
     steps = [
         min(b["proxy"] - a["proxy"] for name in sizes
@@ -492,6 +507,16 @@ def overopt_checks(seeds: list[Figures]) -> list[Figures]:
     return checks.rows
 
 
+def mean_of_draws(seed: Figures, n: int, figure: str) -> float:
+    """Accuracy, or gold of the best of 16, of a seed's reward models on n labels."""
+    found = seed[f"labels_{n}"]
+    first = {
+        "accuracy": found["reward_model"]["accuracy"],
+        "gold_16": next(p["gold"] for p in found["best_of"] if p["n"] == 16),
+    }
+    return statistics.fmean(d[figure] for d in [first, *seed.get(f"draws_{n}", [])])
+
+
 def turn_over(points: Sequence[Figures]) -> float:
     """How much gold is lost from the peak to the last point."""
     return max(p["gold"] for p in points) - float(points[-1]["gold"])
@@ -508,7 +533,10 @@ MEASURES: dict[str, dict[str, Callable[[World], Figures]]] = {
         "lora": measure_lora,
         "faults": measure_faults,
     },
-    "overopt": {f"labels_{n}": functools.partial(measure_overopt, n=n) for n in RM_LABELS},
+    "overopt": {
+        **{f"labels_{n}": functools.partial(measure_overopt, n=n) for n in RM_LABELS},
+        "draws": measure_draws,
+    },
 }
 
 
@@ -701,17 +729,17 @@ def plot_overopt(seeds: Sequence[Figures], file: Path) -> None:
             for kind, style in (("best_of", "-"), ("ideal", ":")):
                 for axis, color in (("proxy", "tab:orange"), ("gold", "tab:blue")):
                     panel.plot(
-                        [p["kl"] ** 0.5 for p in found[kind]], [p[axis] for p in found[kind]],
+                        [max(p["kl"], 0) ** 0.5 for p in found[kind]], [p[axis] for p in found[kind]],
                         style, color=color, lw=0.9, alpha=0.8,
                         label=f"{axis}, {kind.replace('_', ' ')}" if number == 0 else None,
                     )  # fmt: skip
             for axis, color in (("proxy", "tab:orange"), ("gold", "tab:blue")):
                 panel.plot(
-                    [p["kl"] ** 0.5 for p in found["ppo"]], [p[axis] for p in found["ppo"]],
+                    [max(p["kl"], 0) ** 0.5 for p in found["ppo"]], [p[axis] for p in found["ppo"]],
                     "o", color=color, ms=4,
                     label=f"{axis}, PPO" if number == 0 and found["ppo"] else None,
                 )  # fmt: skip
-        panel.set(title=f"{n:,} labels", xlabel="sqrt(KL)", ylim=(-0.5, 6))
+        panel.set(title=f"{n:,} labels", xlabel="sqrt(KL)", ylim=(-0.2, 3.4))
         panel.legend(fontsize=6)
     panels[0].set_ylabel("reward in standard deviations")
     save(figure, file)
