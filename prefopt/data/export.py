@@ -22,7 +22,6 @@ from prefopt.data.export_formats import (
     Format,
     encode_row,
     format_named,
-    lines_of,
     llama_factory_entry,
     row_problems,
     size_problems,
@@ -159,29 +158,32 @@ def export_preferences(
     return result
 
 
-def check_export(path: str | os.PathLike[str], *, format: str) -> int:
-    """Check a file by a stack's rules; returns how many rows it has.
+def check_export(path: str | os.PathLike[str], *, format: str | Format) -> int:
+    """Check a file by a stack's rules, line by line; returns how many rows it has.
 
     Raises:
         DataError: it cannot be read, or breaks a rule; all problems are listed by their line.
     """
-    form = format_named(format)
+    form = format_named(format) if isinstance(format, str) else format
+    problems: list[str] = []
+    n_rows = n_bytes = 0
     try:
-        content = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                n_bytes += len(line)
+                if line.strip():
+                    n_rows += 1
+                    problems += [f"line {number}: {p}" for p in row_problems(form, line)]
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
-    problems = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            problems += [f"line {number}: {problem}" for problem in row_problems(form, line)]
-    problems += size_problems(form, len(lines_of(str(path), content)), len(content))
+    problems += size_problems(form, n_rows, n_bytes)
     if problems:
         raise DataError(
             f"{path} has {len(problems)} problem(s) as a file for {form.name}. The rules are those "
             f"of {form.source}.",
             problems,
         )
-    return len(lines_of(str(path), content))
+    return n_rows
 
 
 def _read(data: Source) -> tuple[list[PreferenceGroup], dict[str, int]]:

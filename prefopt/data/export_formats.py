@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from prefopt.errors import DataError
 from prefopt.types import Message
 
 FormatName = Literal[
@@ -475,7 +474,8 @@ def size_problems(form: Format, n_rows: int, n_bytes: int) -> list[str]:
     """What is wrong with a file's size in the eyes of the stack."""
     found = []
     if n_rows < form.min_rows:
-        found.append(f"{form.name} takes {form.min_rows:,} rows or more, got {n_rows:,}")
+        rows = "row" if form.min_rows == 1 else "rows"
+        found.append(f"{form.name} takes {form.min_rows:,} {rows} or more, got {n_rows:,}")
     if form.max_rows is not None and n_rows > form.max_rows:
         found.append(f"{form.name} takes at most {form.max_rows:,} rows, got {n_rows:,}")
     if form.max_file_bytes is not None and n_bytes > form.max_file_bytes:
@@ -483,14 +483,6 @@ def size_problems(form: Format, n_rows: int, n_bytes: int) -> list[str]:
             f"{form.name} takes a file of at most {form.max_file_bytes:,} bytes, got {n_bytes:,}"
         )
     return found
-
-
-def lines_of(path: str, content: bytes) -> list[bytes]:
-    """The lines of a JSONL file without their line breaks; DataError if it has none."""
-    lines = [line for line in content.split(b"\n") if line.strip()]
-    if not lines:
-        raise DataError(f"{path} is empty: expected at least one row.")
-    return lines
 
 
 def _order_problems(form: Format, said: Conversation) -> list[str]:

@@ -25,7 +25,7 @@ import filelock
 import msgspec
 
 from prefopt.data.export import check_export
-from prefopt.data.export_formats import CHARACTERS_A_TOKEN
+from prefopt.data.export_formats import CHARACTERS_A_TOKEN, FORMATS, Format
 from prefopt.data.records import unwritable, write_bytes
 from prefopt.errors import DataError, HostedError, RunError
 
@@ -34,9 +34,10 @@ logger = logging.getLogger(__name__)
 PRICES = "https://aws.amazon.com/bedrock/pricing/"
 
 _FORMATS = {
-    "anthropic.": "bedrock-claude",
-    "amazon.nova-": "bedrock-nova",
-    "meta.": "bedrock-llama",
+    "anthropic.claude": FORMATS["bedrock-claude"],
+    "amazon.nova": FORMATS["bedrock-nova"],
+    "meta.llama3-2": FORMATS["bedrock-llama"],
+    "meta.llama3-3": FORMATS["bedrock-llama"],
 }
 
 # docs.aws.amazon.com/bedrock/latest/userguide/cm-hp-anth-claude-3.html
@@ -232,11 +233,7 @@ def plan_job(
         problems.append(
             f"usd_per_million_tokens must be a price of 0 or more, got {usd_per_million_tokens}"
         )
-    n_rows, hashes = 0, {}
-    if form is not None:
-        for file in (train, *([validation] if validation is not None else [])):
-            rows, hashes[file] = _checked_file(file, form, problems, least=file == train)
-            n_rows = rows if file == train else n_rows
+    n_rows, hashes = _checked_files(train, validation, form, problems)
     if problems:
         raise DataError("the job cannot be made; nothing was sent.", problems)
     assert region is not None
@@ -259,25 +256,42 @@ def plan_job(
         hyperparameters=chosen,
         token=token,
     )
-    characters = len(Path(train).read_text(encoding="utf-8"))
+    with Path(train).open(encoding="utf-8") as file:
+        characters = sum(len(line) for line in file)
     return JobPlan(
         record, n_rows, math.ceil(characters / CHARACTERS_A_TOKEN), epochs, usd_per_million_tokens
     )
 
 
-def _checked_file(file: str, form: str, problems: list[str], *, least: bool) -> tuple[int, str]:
-    """A file's rows and content hash; what is wrong with it is added to `problems`."""
-    n_rows = 0
-    try:
-        n_rows = check_export(file, format=form)
-    except DataError as error:
-        found = error.problems or [str(error)]
-        problems += [f"{file}: {p}" for p in found if least or " rows or more" not in p]
-    try:
-        with Path(file).open("rb") as handle:
-            return n_rows, hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError:
-        return n_rows, ""  # told above
+def _checked_files(
+    train: str, validation: str | None, form: Format | None, problems: list[str]
+) -> tuple[int, dict[str, str]]:
+    """The rows to train on and the files' content hashes; what is wrong is added to `problems`."""
+    rows, hashes = {train: 0}, {}
+    wanted = {train: form}
+    if validation is not None:
+        # Of a validation set, AWS states limits for Claude only, and no least number of rows.
+        is_claude = form is not None and form.name == "bedrock-claude"
+        most = 1_000 if is_claude else None
+        wanted[validation] = form and form._replace(min_rows=1, max_rows=most)
+    for file, rules in wanted.items():
+        try:
+            with Path(file).open("rb") as handle:
+                hashes[file] = hashlib.file_digest(handle, "sha256").hexdigest()
+            rows[file] = 0 if rules is None else check_export(file, format=rules)
+        except OSError as error:
+            problems.append(f"cannot read {file}: {error.strerror or error}")
+        except DataError as error:
+            problems += [f"{file}: {problem}" for problem in error.problems or [str(error)]]
+    if validation is not None and hashes.get(validation) == hashes.get(train, ""):
+        problems.append(f"{validation} is the same data as {train}, so its loss would say nothing")
+    most = None if form is None else form.max_rows
+    if most is not None and max(rows.values()) <= most < sum(rows.values()):
+        problems.append(
+            f"{train} and {validation} have {sum(rows.values()):,} rows together, at most {most:,} "
+            "are taken"
+        )
+    return rows[train], hashes
 
 
 def _hyperparameters(
@@ -637,8 +651,7 @@ def _write(record: JobRecord, folder: str | Path) -> None:
 
 
 def _differences(known: JobRecord, asked: JobRecord) -> list[str]:
-    """In what a new plan differs from the folder's job, names that were made up aside."""
-    made_up = not asked.name or asked.name == f"prefopt-{asked.token[:12]}"
+    """In what a new plan differs from the folder's job; a name that was made up does not count."""
     fields = [
         "base_model",
         "role",
@@ -647,12 +660,15 @@ def _differences(known: JobRecord, asked: JobRecord) -> list[str]:
         "validation_sha256",
         "hyperparameters",
     ]
-    fields += [] if made_up else ["name", "output_uri"]
-    return [
+    if asked.name != f"prefopt-{asked.token[:12]}":
+        fields.append("name")
+    differences = [
         f"{field}: {getattr(known, field)} -> {getattr(asked, field)}"
         for field in fields
         if getattr(known, field) != getattr(asked, field)
     ]
+    here, there = (job.output_uri.removesuffix(f"/{job.name}/output/") for job in (known, asked))
+    return differences if here == there else [*differences, f"s3: {here} -> {there}"]
 
 
 # --- AWS ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Files for other stacks: rows as their documentation shows, their rules, what is left out and why."""
 
 import json
+from typing import get_args
 
 import datasets
 import msgspec
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefopt.data.export import REASONS, check_export, export_preferences
-from prefopt.data.export_formats import FORMATS, encode_row, row_problems
+from prefopt.data.export_formats import FORMATS, FormatName, encode_row, row_problems
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.records import write_records
 from prefopt.errors import DataError
@@ -115,7 +116,7 @@ def problems_of(data, path, form, **options):
 
 
 def test_every_format_but_the_plain_one_has_an_expected_row():
-    assert set(EXPECTED) | TEXTS == set(FORMATS)
+    assert set(EXPECTED) | TEXTS == set(FORMATS) == set(get_args(FormatName))
 
 
 @pytest.mark.parametrize("form", EXPECTED)
@@ -414,7 +415,7 @@ def test_nothing_to_write_is_an_error_that_says_what_was_left_out(tmp_path):
     data = [group("q", ["a", "b"], (0, 1, 0.5))]
     with pytest.raises(DataError, match=r"Left out: tie 1\.") as refused:
         export_preferences(data, tmp_path / "out.jsonl", format="trl")
-    assert "takes 1 rows or more, got 0" in str(refused.value)
+    assert "takes 1 row or more, got 0" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +470,7 @@ def test_a_file_that_is_empty_missing_or_not_text(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         check_export(path, format="sft")
     path.write_text("\n\n")
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match="takes 1 row or more, got 0"):
         check_export(path, format="sft")
     path.write_bytes(b'\xff\xfe{"messages"')
     with pytest.raises(DataError, match="line 1: "):

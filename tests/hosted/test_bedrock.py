@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 
 import boto3
 import msgspec
@@ -99,8 +101,8 @@ def on_disk(folder="job"):
 # --- making, following, listing, stopping ------------------------------------------------------------
 
 
-def test_a_job_from_the_plan_to_its_model(aws):
-    write_data("held_out.jsonl")
+def test_a_job_from_the_plan_to_its_model(aws, tmp_path):
+    write_data("held_out.jsonl", 5)
     plan = planned(
         name="mine",
         validation="held_out.jsonl",
@@ -114,13 +116,12 @@ def test_a_job_from_the_plan_to_its_model(aws):
     assert sent["customizationType"] == "FINE_TUNING"
     assert sent["outputDataConfig"]["s3Uri"] == "s3://bucket/tuning/mine/output/"
     s3 = boto3.client("s3")
-    for uri in (
-        sent["trainingDataConfig"]["s3Uri"],
-        sent["validationDataConfig"]["validators"][0]["s3Uri"],
+    for name, uri in (
+        ("train", sent["trainingDataConfig"]["s3Uri"]),
+        ("held_out", sent["validationDataConfig"]["validators"][0]["s3Uri"]),
     ):
         kept = s3.get_object(Bucket="bucket", Key=uri.removeprefix("s3://bucket/"))["Body"].read()
-        with open("train.jsonl", "rb") as file:
-            assert kept == file.read()
+        assert kept == (tmp_path / f"{name}.jsonl").read_bytes()
     assert (on_disk()["state"], on_disk()["arn"]) == ("submitted", record.arn)
     assert record.arn.endswith("model-customization-job/mine")
 
@@ -191,8 +192,8 @@ def test_the_same_command_again_makes_no_second_job(aws):
 def test_another_job_in_the_same_folder_is_refused(aws):
     create_job(planned(), "job")
     write_data("train.jsonl", 41)
-    with pytest.raises(RunError, match=r"(?s)holds another job.*train_sha256.*hyperparameters"):
-        create_job(planned(hyperparameters={"epochCount": 1}), "job")
+    with pytest.raises(RunError, match=r"(?s)holds another job.*train_sha256.*hyperparam.*s3: "):
+        create_job(planned(hyperparameters={"epochCount": 1}, s3="s3://bucket/other"), "job")
     assert len(aws.created) == 1
 
 
@@ -228,6 +229,31 @@ def test_a_process_killed_in_the_call_makes_one_job_in_the_end(when, aws):
     assert {sent["clientRequestToken"] for sent in aws.created} == {record.token}
     assert len(aws.created) == 1  # moto had made it already, and it was found by its name
     assert on_disk()["state"] == "submitted"
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_make_one_job(aws):
+    chance = random.Random(0)
+    command = [sys.executable, "-c", CRASH, "create", "--out", "job", "--train", "train.jsonl"]
+    command += ["--base_model", HAIKU, "--role", ROLE, "--s3", "s3://bucket/tuning", "--yes"]
+    began = time.monotonic()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    whole_s = time.monotonic() - began
+    for _ in range(20):
+        aws.reset()
+        aws.created.clear()
+        os.unlink("job/job.json")
+        boto3.client("s3").create_bucket(
+            Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": REGION}
+        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(chance.uniform(0.5, 1.0) * whole_s)
+        process.kill()
+        process.communicate()
+        assert subprocess.run(command, capture_output=True).returncode == 0
+        assert len(aws.jobs) == 1
+        assert {sent["clientRequestToken"] for sent in aws.created} == {on_disk()["token"]}
+        assert on_disk()["state"] == "submitted"
 
 
 def test_a_job_that_is_not_visible_yet_is_asked_for_with_the_same_token_and_found(aws):
@@ -323,13 +349,24 @@ def test_all_that_cannot_work_is_told_at_once(aws):
 
 
 def test_a_model_of_an_unknown_kind_is_refused(aws):
-    with pytest.raises(DataError, match=r"begins with anthropic\., amazon\.nova-, meta\."):
+    with pytest.raises(DataError, match=r"begins with anthropic\.claude, amazon\.nova"):
         planned(base_model="cohere.command")
+    with pytest.raises(DataError, match=r"meta\.llama3-2"):
+        planned(base_model="meta.llama3-1-8b-instruct-v1:0:128k")
 
 
 def test_a_validation_set_may_be_smaller_than_a_training_set(aws):
     write_data("held_out.jsonl", 5)
     assert planned(validation="held_out.jsonl").record.validation_uri is not None
+    with pytest.raises(DataError, match="the same data as"):
+        planned(validation="train.jsonl")
+    write_data("held_out.jsonl", 1_001)
+    with pytest.raises(DataError, match=r"held_out.jsonl: bedrock-claude takes at most 1,000 rows"):
+        planned(validation="held_out.jsonl")
+    write_data("train.jsonl", 9_500)
+    write_data("held_out.jsonl", 501)
+    with pytest.raises(DataError, match=r"10,001 rows together, at most 10,000"):
+        planned(validation="held_out.jsonl")
 
 
 def test_other_models_take_their_own_hyperparameters_and_rows(aws):
