@@ -309,13 +309,15 @@ def run_classic_flow(
             "sft": (AdapterOff(tuned, f"{config.model}+SFT"), {"sft": sft_weights}),
             "base": (base, {}),
         }
-        answers = {
-            name: answer_stage(
+        answers = {}
+        for name, (model, needs) in models.items():
+            if name == "base":
+                tuned.forget()  # one model in memory at a time
+            answers[name] = answer_stage(
                 run, config, f"answers_{name}", held_out, model, weights, progress=progress,
                 description=f"answering ({name} model)", depends_on=needs,
-            )
-            for name, (model, needs) in models.items()
-        }  # fmt: skip
+            )  # fmt: skip
+        base.forget()
         compared: dict[str, list[JudgedComparison]] = {
             stage: comparison_stage(
                 run, stage, answers[new], answers[old], judge, progress=progress,
@@ -332,6 +334,8 @@ def run_classic_flow(
             texts = plain_texts()
             surprise = {}
             for name, (model, _) in models.items():
+                if name == "base":
+                    tuned.forget()
                 with model.ready() as loaded:
                     surprise[name] = perplexity(loaded.model, loaded.tokenizer, texts)
             points = load_ppo_log(policy)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,16 @@ from prefopt.flow import FlowConfig
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["sample"], ["train", "dpo"], ["train", "sft"], ["evaluate"], ["run"], ["classic"], ["merge"]]
+    [
+        [],
+        ["sample"],
+        ["train", "dpo"],
+        ["train", "sft"],
+        ["evaluate"],
+        ["run"],
+        ["classic"],
+        ["merge"],
+    ]
     + [["judge", s] for s in ("estimate", "label", "resume", "report", "calibrate", "export")],
 )
 def test_help_explains_every_option(command, capsys):
@@ -78,6 +88,19 @@ def test_a_recipe_has_its_own_defaults_and_the_command_s_options(capsys, tmp_pat
 
     assert run_recipe(Recipe, ["--out", str(tmp_path / "r"), "--k", "1"]) == 1
     assert "k must be at least 2" in capsys.readouterr().err
+
+
+def test_the_recipe_of_the_classic_path_is_short_and_takes_the_flow_s_options(capsys, monkeypatch):
+    import importlib
+
+    from prefopt.classic_flow import ClassicConfig
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+    recipe = importlib.import_module("classic_rlhf")
+    assert len(Path(recipe.__file__).read_text().splitlines()) <= 60
+    assert issubclass(recipe.Classic, ClassicConfig)
+    assert run_recipe(recipe.Classic, ["--reward_held_out", "2"]) == 1
+    assert "reward_held_out must be in (0, 1)" in capsys.readouterr().err
 
 
 def test_the_steps_one_by_one(tiny_model, tmp_path, capsys):
