@@ -128,8 +128,15 @@ SPLITS = {
 }
 
 
-@each_kind
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize(
+    ("how", "split"),
+    [
+        pytest.param(KINDS["lora"], SPLITS["micro-batches"], id="lora-micro-batches"),
+        pytest.param(KINDS["full"], SPLITS["accumulation"], id="full-accumulation"),
+        pytest.param(KINDS["full"], SPLITS["micro-batches"], marks=pytest.mark.slow),
+        pytest.param(KINDS["lora"], SPLITS["accumulation"], marks=pytest.mark.slow),
+    ],
+)
 def test_one_gradient_for_every_split(tmp_path, how, split):
     # Steps of Adam divide by the gradient's size, so rounding could show; these do not.
     common = {"optim": "sgd", "engine": ByPrompt(), "num_mini_batches": 2, **how}
@@ -390,8 +397,15 @@ def test_adapters_on_a_base_in_bf16(tmp_path):
 # --- Checkpoints --------------------------------------------------------------------------------
 
 
-@each_kind
-@pytest.mark.parametrize("mini_batches", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "mini_batches"),
+    [
+        pytest.param(KINDS["lora"], 2, id="lora-2"),
+        pytest.param(KINDS["full"], 1, id="full-1"),
+        pytest.param(KINDS["lora"], 1, marks=pytest.mark.slow),
+        pytest.param(KINDS["full"], 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, how, mini_batches):
     common = {
         "num_rollouts": 5, "num_mini_batches": mini_batches, "kl_target": 1.0, "kl_horizon": 50.0,
