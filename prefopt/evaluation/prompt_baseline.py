@@ -176,7 +176,7 @@ def measure_prompts(
 
 
 def _examples(groups: Sequence[PreferenceGroup], n: int) -> tuple[Message, ...]:
-    usable = {}
+    usable: dict[str, tuple[Prompt, Candidate]] = {}
     for group in groups:
         if len(group.prompt.messages) != 1:
             continue
