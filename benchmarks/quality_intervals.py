@@ -1,6 +1,6 @@
 """Do the 95 % intervals of prefopt.evaluation hold the truth so often, and what does stopping save?
 
-    python benchmarks/quality_intervals.py            # 400 simulated evaluations a row, a minute
+    python benchmarks/quality_intervals.py            # 400 simulated evaluations a row, two minutes
     python benchmarks/quality_intervals.py --runs 100
 
 Every row simulates evaluations whose truth is known and counts how often the interval holds it. The
