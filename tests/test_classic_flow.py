@@ -2,6 +2,11 @@
 
 import hashlib
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +159,42 @@ def test_stopped_inside_every_training_it_ends_with_the_same_bytes(
         assert list((tmp_path / "run" / ".partial" / stops[-1]).glob("checkpoint-*"))
     assert run_classic_flow(settings, progress=False) == report
     assert hashes(tmp_path / "run") == hashes(out)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(finished, tiny_model, prompt_file, tmp_path):
+    """kill -9 at random moments of the whole path, by its command; then identical bytes."""
+    out, _ = finished
+    folder = tmp_path / "run"
+    arguments = [
+        sys.executable, "-m", "prefopt.cli", "classic", "--out", str(folder), "--model", tiny_model,
+        "--prompts", str(prompt_file), "--held_out", "4", "--judge", "scripted:shortest",
+        "--k", "3", "--cut_off", "keep", "--sampling.temperature", "1.0",
+        "--sampling.max_new_tokens", "8", "--sampling.batch_size", "9", "--sft_lora.r", "4",
+        "--reward_lora.r", "4", "--ppo_lora.r", "4", "--ppo.rollouts", "3",
+        "--ppo.prompts_per_rollout", "2", "--ppo.answers_per_prompt", "2",
+        "--ppo.max_new_tokens", "6", "--ppo.learning_rate", "1e-3", "--ppo.epochs", "2",
+        "--ppo.checkpoint_every", "1",
+    ]  # fmt: skip
+    for name in ("sft", "reward"):
+        arguments += [f"--{name}.learning_rate", "1e-3", f"--{name}.batch_size", "2"]
+        arguments += [f"--{name}.max_length", "128", f"--{name}.checkpoint_every", "1"]
+    generator = random.Random(int(os.environ.get("PREFOPT_KILL_SEED", "0")))
+    killed = 0
+    for _ in range(int(os.environ.get("PREFOPT_KILL_ROUNDS", "10"))):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(generator.uniform(5.0, 20.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+    last = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr[-2000:]
+    print(f"{killed} kills, all files identical")
+    assert killed
+    assert hashes(folder) == hashes(out)
 
 
 def test_a_changed_setting_is_refused_until_redo_is_asked_for(
