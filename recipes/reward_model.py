@@ -8,8 +8,8 @@ most 128 tokens), and is then held against people on hh_helpful, LLMBar and the 
 calibration, and how much of it is length. Prints a report for each; the model is in `runs/reward`,
 where `prefopt run --judge reward:runs/reward` finds it. A stopped training goes on where it was.
 
-Expected figures: `benchmarks/results/quality_reward.md`, by `python benchmarks/quality_reward.py`. At
-this size the point is the method: a model of 135M that saw 427 pairs is no judge.
+Expected on hh_helpful: accuracy 0.54 (0.44 to 0.63 on 100 pairs), not shown to beat a coin: 427 pairs
+and 135M parameters show the method and make no judge. `python benchmarks/quality_reward.py` measures it.
 """
 
 import os
