@@ -9,7 +9,7 @@ calibration, and how much of it is length. Prints a report for each; the model i
 where `prefopt run --judge reward:runs/reward` finds it. A stopped training goes on where it was.
 
 Expected on hh_helpful: accuracy 0.54 (0.44 to 0.63 on 100 pairs), not shown to beat a coin: 427 pairs
-and 135M parameters show the method and make no judge. `python benchmarks/quality_reward.py` measures it.
+and 135M parameters show the method and make no judge. Measured by `benchmarks/quality_reward.py`.
 """
 
 import os
