@@ -404,41 +404,51 @@ class PPOTrainer(transformers.Trainer):
         reference, entropy = self._score_experience(experience)
         score = torch.tensor([float(scores[i] or 0.0) for i in kept], device=device)
         ended = torch.tensor([sampled.ended[i] for i in kept], device=device)
-        lengths, answer_of = experience.lengths, experience.answer_of
-        kl = sum_by_answer(kl_k1(experience.logps, reference), answer_of, len(kept))
+        kl = sum_by_answer(kl_k1(experience.logps, reference), experience.answer_of, len(kept))
         self._check_rollout(experience, score, kl)
+        self._check_start(experience.logps, reference)
         self._log_answers(sampled, scores, kept, kl)
-
-        given = score
-        if args.score_clip is not None:
-            given = given.clamp(-args.score_clip, args.score_clip)
-        if args.missing_eos_penalty is not None and self._may_be_cut_off:
-            given = given - args.missing_eos_penalty * (~ended).float()
         penalties = self.kl_coef * self.kl_penalties(experience.logps, reference)
-        rewards = token_rewards(penalties, given, lengths)
+        rewards = token_rewards(penalties, self._given(score, ended), experience.lengths)
         self._set_advantages(experience, rewards)
-
-        ones = torch.ones_like(score)
-        add = functools.partial(self._averages.add, weights=ones)
-        add("objective/scores", score)
-        add("objective/kl", kl)
-        add("objective/non_score_reward", -sum_by_answer(penalties, answer_of, len(kept)))
-        add("objective/rlhf_reward", sum_by_answer(rewards, answer_of, len(kept)))
-        add("rollout/length", lengths.double())
-        add("rollout/ended", ended.double())
-        add("kl_coef", ones * self.kl_coef)
-        spread = score.double().std(correction=0) if len(kept) > 1 else ones.new_zeros(())
-        add("objective/score_std", ones * spread)
-        self._averages.add("objective/entropy", entropy, torch.ones_like(entropy))
-        asked = torch.tensor(float(len(scores)), device=device)
-        self._averages.add("rollout/failed", 1 - len(kept) / asked[None], asked[None])
-        if args.needs_value:
-            self._add_explained_variance(experience)
+        sums = {"objective/scores": score, "objective/kl": kl}
+        for name, values in (("non_score_reward", -penalties), ("rlhf_reward", rewards)):
+            sums[f"objective/{name}"] = sum_by_answer(values, experience.answer_of, len(kept))
+        sums |= {"rollout/length": experience.lengths.double(), "rollout/ended": ended.double()}
+        self._measure_rollout(experience, sums, entropy, len(scores))
         self._adapt_kl(kl, len(scores))
         one = torch.ones(1, device=device)
         self._averages.add("time/sampling", one * (after_sampling - started), one)
         self._averages.add("time/rollout", one * (time.perf_counter() - started), one)
         return experience
+
+    def _given(self, score: Tensor, ended: Tensor) -> Tensor:
+        """The scores (A,) as they are given to answers: clipped, less what it costs not to end."""
+        args = self.args
+        if args.score_clip is not None:
+            score = score.clamp(-args.score_clip, args.score_clip)
+        if args.missing_eos_penalty is not None and self._may_be_cut_off:
+            score = score - args.missing_eos_penalty * (~ended).float()
+        return score
+
+    def _measure_rollout(
+        self, experience: Experience, of_answers: dict[str, Tensor], entropy: Tensor, n_asked: int
+    ) -> None:
+        add, score = self._averages.add, of_answers["objective/scores"]
+        ones = torch.ones_like(score)
+        for name, values in of_answers.items():
+            add(name, values, ones)
+        add("kl_coef", ones * self.kl_coef, ones)
+        add("objective/score_std", ones * score.double().std(correction=0), ones)
+        add("objective/entropy", entropy, torch.ones_like(entropy))
+        asked = ones.new_full((1,), float(n_asked))
+        add("rollout/failed", 1 - score.numel() / asked, asked)
+        if self.args.needs_value:
+            found = explained_variance(experience.values, experience.returns)[None]
+            n = torch.full_like(found, float(experience.values.numel()))
+            # Where all returns are the same there is nothing to explain.
+            add("value/explained_variance", found.nan_to_num(), n * found.isfinite())
+            add("value/mean", experience.values, torch.ones_like(experience.values))
 
     def _sample(self, rows: Sequence[PromptRow], k: int, seed: int) -> SampledBatch:
         answers = self.engine.sample([row.ids for row in rows], k, seed)
@@ -540,14 +550,6 @@ class PPOTrainer(transformers.Trainer):
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found, reduction="sum")
         return found
-
-    def _add_explained_variance(self, experience: Experience) -> None:
-        found = explained_variance(experience.values, experience.returns)[None]
-        n = torch.full_like(found, float(experience.values.numel()))
-        # Where all returns are the same there is nothing to explain.
-        known = found.isfinite()
-        self._averages.add("value/explained_variance", found.nan_to_num(), n * known)
-        self._averages.add("value/mean", experience.values, torch.ones_like(experience.values))
 
     def _adapt_kl(self, kl: Tensor, n_sampled: int) -> None:
         total = torch.stack((kl.double().sum(), kl.new_tensor(float(kl.numel())).double()))
@@ -710,9 +712,28 @@ class PPOTrainer(transformers.Trainer):
         sums[torch.tensor(answers, device=losses.device)] = of_answer
         self._stop_at(experience, ~sums.isfinite(), {"loss": sums})
 
+    def _check_start(self, policy: Tensor, reference: Tensor) -> None:
+        """Before the first step the policy is the reference, unless another one was given."""
+        if self.state.global_step or not self.roles.reference.is_initial_policy:
+            return
+        allowed = (5e-2 if self._low_precision else 1e-3) * (1.0 + policy.abs())
+        off = (policy - reference).abs()
+        if bool((off > allowed).any()):
+            raise TrainingError(
+                f"before the first step policy and reference differ by up to {float(off.max()):.3g} "
+                f"nats a token, so training would pull the policy towards another model. The "
+                f"reference is {self.roles.reference}. Usual cause: adapter weights whose initial "
+                "update is not 0 (PiSSA, OLoRA, gaussian B). Give ref_model to choose it yourself."
+            )
+
+    @property
+    def _low_precision(self) -> bool:
+        half = next(self.model.parameters()).dtype.itemsize < 4
+        return bool(self.args.bf16 or self.args.fp16 or half)
+
     def _check_ratio(self, ratio: Tensor) -> None:
         """Before a step was taken on a rollout batch, the policy is the one that sampled."""
-        low = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype.itemsize < 4
+        low = self._low_precision
         allowed = _LOW_PRECISION_RATIO_TOLERANCE if low else _RATIO_TOLERANCE
         off = float((ratio - 1.0).abs().max())
         if off > allowed:

@@ -346,7 +346,14 @@ def test_a_ratio_that_is_not_1_before_the_first_step_stops(tmp_path):
             return found
 
     with pytest.raises(TrainingError, match="off 1 by up to"):
-        trained(tmp_path, kind=Off)
+        trained(tmp_path, kind=Off, ref_model=tiny_policy(3))
+
+
+def test_an_adapter_that_is_not_the_reference_to_begin_with_stops(tmp_path):
+    lora = copy.deepcopy(LORA)
+    lora.init_lora_weights = False  # B is random
+    with pytest.raises(TrainingError, match="policy and reference differ by up to"):
+        trained(tmp_path, peft_config=lora)
 
 
 def test_dropout_is_off_everywhere(tmp_path):
