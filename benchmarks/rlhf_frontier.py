@@ -4,15 +4,15 @@
     python benchmarks/rlhf_frontier.py --parts smollm2          # DPO on SmolLM2-135M, LoRA
     python benchmarks/rlhf_frontier.py --seeds 0 --quick
 
-The controlled-sentiment experiment of the DPO paper (Rafailov et al. 2023, arXiv:2305.18290, fig. 2),
-small enough for a CPU. The gold reward of an answer is the sentiment of its words,
+The experiment of the DPO paper (Rafailov et al. 2023, arXiv:2305.18290, fig. 2), small enough for a
+CPU. The gold reward is a statistic of the answer's text with mean 0 and standard deviation 1 under the
+reference, clipped at 3: known, without a judge, and real-valued, so that best-of-n hardly meets ties.
 
-    r(y) = (s(y) - mean) / std,   s(y) = sum of the words' valences / sqrt(number of words),
-
-with the valences of VADER's lexicon (Hutto & Gilbert 2014; means over ten people; `pip install
-vaderSentiment`), mean and standard deviation under the reference, clipped at 3. It is known, needs no
-judge, real-valued, so that best-of-n hardly ever meets ties, and the root keeps an answer of one
-happy word from being as good as a happy answer.
+    stories   the reading level by Coleman and Liau (1975): 0.0588 L - 0.296 S - 15.8, with L letters
+              and S sentence ends in 100 words. Every word counts, and a model of 260,032 parameters
+              can learn it from some thousand answers
+    smollm2   sentiment: the words' valences by VADER's lexicon (Hutto and Gilbert 2014; means over ten
+              people; `pip install vaderSentiment`), their sum over the root of the number of words
 
 The reference is the model as it is. Answers have a fixed length and are sampled at temperature 1, so
 KL(policy || reference) is the mean of log pi / pi_ref over the policy's own answers (k1) or of the
@@ -77,8 +77,38 @@ Figures = dict[str, Any]
 Ids = tuple[int, ...]
 
 
-class Sentiment:
-    """The gold reward; see the module. `calibrate` sets its scale on the reference's answers."""
+class Gold:
+    """A gold reward; see the module. `calibrate` sets its scale on the reference's answers."""
+
+    mean, std = 0.0, 1.0
+
+    def raw(self, text: str) -> float:
+        """The statistic itself."""
+        raise NotImplementedError
+
+    def __call__(self, text: str) -> float:
+        """The reward of one answer's text."""
+        return min(max((self.raw(text) - self.mean) / self.std, -3.0), 3.0)
+
+    def calibrate(self, texts: Sequence[str]) -> None:
+        """Mean 0 and standard deviation 1 on these texts."""
+        raw = [self.raw(text) for text in texts]
+        self.mean, self.std = statistics.mean(raw), statistics.pstdev(raw)
+
+
+class ReadingLevel(Gold):
+    """The Coleman-Liau index."""
+
+    def raw(self, text: str) -> float:
+        """Longer words and longer sentences are harder to read."""
+        words = re.findall(r"[a-z']+", text.lower())
+        n = max(1, len(words))
+        ends = len(re.findall(r"[.!?]", text))
+        return 5.88 * sum(map(len, words)) / n - 29.6 * ends / n - 15.8
+
+
+class Sentiment(Gold):
+    """The words' valences by VADER's lexicon."""
 
     def __init__(self) -> None:
         try:
@@ -87,20 +117,11 @@ class Sentiment:
             raise SystemExit("the reward needs a lexicon: pip install vaderSentiment") from None
         lines = (line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines())
         self.valence = {word: float(value) for word, value, *_ in lines}
-        self.mean, self.std = 0.0, 1.0
 
-    def _raw(self, text: str) -> float:
+    def raw(self, text: str) -> float:
+        """The root keeps one happy word from being as good as a happy answer."""
         words = re.findall(r"[a-z']+", text.lower())
         return sum(self.valence.get(w, 0.0) for w in words) / math.sqrt(max(1, len(words)))
-
-    def __call__(self, text: str) -> float:
-        """The reward of one answer's text."""
-        return min(max((self._raw(text) - self.mean) / self.std, -3.0), 3.0)
-
-    def calibrate(self, texts: Sequence[str]) -> None:
-        """Mean 0 and standard deviation 1 on these texts."""
-        raw = [self._raw(text) for text in texts]
-        self.mean, self.std = statistics.mean(raw), statistics.pstdev(raw)
 
 
 @dataclass(frozen=True)
@@ -118,6 +139,7 @@ class Setting:
     betas: tuple[float, ...]
     dpo: Figures  # settings of `DPOConfig`
     target: float  # of the ratio to best-of-n
+    gold: type[Gold]
     ppo: Figures | None = None  # settings of `PPOConfig`
     lora: bool = False
 
@@ -125,8 +147,8 @@ class Setting:
 SETTINGS = {
     "stories": Setting(
         opening=16,
-        length=32,
-        train=4096,
+        length=16,
+        train=8192,
         test=128,
         drawn=16,
         pool=128,
@@ -135,17 +157,19 @@ SETTINGS = {
         betas=(0.5, 1.0),
         dpo={
             "learning_rate": 3e-4,
-            "per_device_train_batch_size": 64,
+            "per_device_train_batch_size": 128,
             "micro_batch_tokens": 16384,
         },
         target=0.9,
+        gold=ReadingLevel,
         ppo={
             "kl_coef": 0.5,
-            "learning_rate": 5e-4,
+            "learning_rate": 2e-4,
             "value_learning_rate": 1e-3,
-            "per_device_train_batch_size": 64,
+            "per_device_train_batch_size": 128,
             "num_generations": 4,
             "num_rollouts": 40,
+            "num_ppo_epochs": 2,
             "micro_batch_tokens": 16384,
             "generation_batch_size": 1024,
         },
@@ -162,6 +186,7 @@ SETTINGS = {
         betas=(0.1, 0.5),
         dpo={"learning_rate": 2e-4, "per_device_train_batch_size": 16, "micro_batch_tokens": 512},
         target=0.7,
+        gold=Sentiment,
         lora=True,
     ),
 }
@@ -175,7 +200,10 @@ class World:
     tokenizer: Any
     setting: Setting
     first: int  # the token that every opening begins with
-    gold: Sentiment = field(default_factory=Sentiment)
+    gold: Gold = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gold = self.setting.gold()
 
     def sample(
         self, model: Any, prompts: Sequence[Ids], k: int, seed: int, length: int | None = None
@@ -537,7 +565,7 @@ def run_part(part: str, seeds: Sequence[int], folder: Path, say: Callable[[str],
     policies = {method: summary(found, best) for method, found in runs.items()}
     return {
         "model": name,
-        "setting": dataclasses.asdict(setting),
+        "setting": dataclasses.asdict(setting) | {"gold": setting.gold.__name__},
         "seeds": list(seeds),
         "best_of_n": curve,
         "best_of_n_cpu_s": spent,
@@ -617,8 +645,8 @@ def table(result: Figures) -> str:
         "",
         f"`python benchmarks/rlhf_frontier.py --parts {' '.join(result['parts'])}` at "
         f"{result['commit']}: {result['machine']}, 1 thread, {result['versions']}. Gold reward: "
-        "sentiment by VADER's word valences, mean 0 and standard deviation 1 under the reference. "
-        "Intervals: bootstrap over prompts, 95 %.",
+        "reading level (stories) or sentiment (SmolLM2), mean 0 and standard deviation 1 under the "
+        "reference. Intervals: bootstrap over prompts, 95 %.",
     ]
 
     def shown(figure: Figures) -> str:
