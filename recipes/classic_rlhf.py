@@ -41,7 +41,7 @@ class Classic(ClassicConfig):
     # Answers to a prompt are each other's baseline (RLOO): no value model, half the time.
     ppo: PPOSettings = field(
         default_factory=lambda: PPOSettings(
-            rollouts=8, prompts_per_rollout=16, answers_per_prompt=4, epochs=2,
+            rollouts=6, prompts_per_rollout=16, answers_per_prompt=4, epochs=2,
             advantage="rloo", learning_rate=3e-4, checkpoint_every=1,
         )
     )  # fmt: skip
