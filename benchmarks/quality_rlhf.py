@@ -6,7 +6,7 @@
 Parts:
     exact      regret of each trainer in `exact_world`, and of deliberately faulty PPO, which must fail
     overopt    true against learned reward by KL, for reward models of 128 to 8,192 labels
-    frontier   reward against KL on a real language model (`rlhf_frontier`)
+    frontier   reward against KL on a real language model (`rlhf_frontier.py` writes its report)
 
 All training is prefopt's own: `DPOTrainer`, `RewardTrainer`, `PPOTrainer`; all evaluation is by
 enumeration with the model's own forward. Each measurement of a seed is kept in a folder (`--cache`),
@@ -808,7 +808,12 @@ def main() -> int:
         if part == "frontier":
             from benchmarks.rlhf_frontier import run_frontier
 
-            missed += run_frontier(options.seeds, options.out).get("missed", [])
+            for found in run_frontier(options.seeds, options.cache / "frontier").values():
+                missed += [
+                    f"{c['what']}: {c['value']:.2f}, target {c['target']}"
+                    for c in found["checks"]
+                    if not c["holds"]
+                ]
             continue
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
             jobs = [
