@@ -41,19 +41,20 @@ class RewardRecipe:
     learning_rate: float = 5e-4
     seed: int = 0
 
-    def run(self) -> None:
-        """Train, evaluate and print."""
-        settings = RewardSettings(
-            learning_rate=self.learning_rate, max_length=self.max_length, seed=self.seed
-        )
-        groups = load_preferences(self.train)
-        result = train_reward(
-            groups, self.model, self.out, settings=settings, lora=LoRASettings(r=16)
-        )
-        for path in (DATA / name / "dev.jsonl" for name in SETS):
-            if path.exists():
-                print(evaluate_reward_model(result.folder, path).to_text(), flush=True)
+
+def main(config: RewardRecipe) -> None:
+    """Train, evaluate and print."""
+    settings = RewardSettings(
+        learning_rate=config.learning_rate, max_length=config.max_length, seed=config.seed
+    )
+    groups = load_preferences(config.train)
+    result = train_reward(
+        groups, config.model, config.out, settings=settings, lora=LoRASettings(r=16)
+    )
+    for path in (DATA / name / "dev.jsonl" for name in SETS):
+        if path.exists():
+            print(evaluate_reward_model(result.folder, path).to_text(), flush=True)
 
 
 if __name__ == "__main__":
-    auto_cli(RewardRecipe, as_positional=False).run()
+    main(auto_cli(RewardRecipe, as_positional=False))
