@@ -38,7 +38,7 @@ class SFTTrainer(trl.SFTTrainer):
       writes after the end token, teaches no end where the template writes none, and teaches an end to
       answers that were cut off.
     - The step is on tree batches: no padding, and only learned tokens reach the output head. TRL
-      pads, and on a CPU sends every token through the head: 1.7 to 1.9 times the CPU time for LoRA
+      pads, and on a CPU sends every token through the head: 1.7 to 2.1 times the CPU time for LoRA
       on the demo model (benchmarks/speed_sft.py).
     - `batch_size` rows make one step whatever fits into memory at once; the metrics are over all
       tokens of the step. TRL's are means of micro-batches' means.
