@@ -26,6 +26,7 @@ class Classic(ClassicConfig):
     """`ClassicConfig` with the settings for the built-in model and prompts."""
 
     out: str = "runs/classic"
+    min_margin: float = 2.0  # only where both orders say "much better": weak labels teach little
     sampling: SamplingSettings = field(
         default_factory=lambda: SamplingSettings(
             top_p=1.0, top_k=40, max_new_tokens=64, batch_size=128
@@ -36,7 +37,9 @@ class Classic(ClassicConfig):
         default_factory=lambda: SFTSettings(learning_rate=5e-4, batch_size=8, max_length=256)
     )
     reward: RewardSettings = field(
-        default_factory=lambda: RewardSettings(learning_rate=5e-4, batch_size=8, max_length=256)
+        default_factory=lambda: RewardSettings(
+            learning_rate=5e-4, batch_size=4, epochs=2, max_length=256
+        )
     )
     # Answers to a prompt are each other's baseline (RLOO): no value model, half the time.
     ppo: PPOSettings = field(
