@@ -365,7 +365,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# DPO training against TRL on this CPU",
         "",
-        f"`python benchmarks/speed_dpo.py` at {result['commit']}: {result['machine']}, "
+        f"`python benchmarks/speed_dpo.py` at {', '.join(_commits(result))}: {result['machine']}, "
         f"{result['threads']} thread(s), {result['versions']}. SmolLM2-135M, LoRA r=16 on all linear "
         f"layers, fp32, no checkpointing, {BATCH} pairs a step, max_length {MAX_LENGTH}. Process CPU "
         "seconds of one epoch; each TRL setting between two prefopt runs.",
@@ -426,10 +426,24 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _commits(result: dict[str, Any]) -> list[str]:
+    """Which commit each case was measured at, where they differ."""
+    known = {c["case"]: c.get("commit", result["commit"]) for c in result["cases"]}
+    if len(set(known.values())) == 1:
+        return [next(iter(known.values()))]
+    return [f"{commit} ({case})" for case, commit in known.items()]
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(TARGETS),
+        default=list(TARGETS),
+        help="measure these again; the other cases stay in the results as they were measured",
+    )
     parser.add_argument(
         "--trl_batches",
         nargs="+",
@@ -469,16 +483,23 @@ def main() -> None:
     }
     for case in options.only:
         rows, trl_rows = cases[case]()
-        result["cases"].append(
-            compare(bench, case, rows, trl_rows, options.trl_batches, rate, print)
-        )
-    if not options.quick:
+        found = compare(bench, case, rows, trl_rows, options.trl_batches, rate, print)
+        result["cases"].append(found | {"commit": result["commit"]})
+    if not options.quick and options.only != list(TARGETS):
+        before = json.loads((RESULTS / "speed_dpo.json").read_text())
+        measured = {c["case"]: c for c in result["cases"]}
+        result = before | {
+            "cases": [
+                measured.get(c["case"], {"commit": before["commit"]} | c) for c in before["cases"]
+            ]
+        }
+    elif not options.quick:
         rows = pairs_of(read("hh_helpful")[:8])
         result["profile"] = profile(bench, rows)
         result["reference"] = reference_paid_once(bench, rows)
     text = table(result)
     print(text)
-    if not options.quick and options.only == list(TARGETS):
+    if not options.quick:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "speed_dpo.json").write_text(json.dumps(result, indent=1) + "\n")
         (RESULTS / "speed_dpo.md").write_text(text)
