@@ -9,8 +9,7 @@ CPU. The gold reward is a statistic of the answer's text with mean 0 and standar
 reference, clipped at 3: known, without a judge, and real-valued, so that best-of-n hardly meets ties.
 
     stories   the reading level by Coleman and Liau (1975): 0.0588 L - 0.296 S - 15.8, with L letters
-              and S sentence ends in 100 words. Every word counts, and a model of 260,032 parameters
-              can learn it from some thousand answers
+              and S sentence ends in 100 words. Every word counts, so ties are rare
     smollm2   sentiment: the words' valences by VADER's lexicon (Hutto and Gilbert 2014; means over ten
               people; `pip install vaderSentiment`), their sum over the root of the number of words
 

@@ -376,7 +376,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"| prompts | prefopt, s | TRL by micro-batch size, s | ratio to its fastest (target "
         f"{SPEED_TARGET}) | peak MB, prefopt / that TRL | memory (target {MEMORY_TARGET}) | memory "
-        "against TRL's leanest |",
+        "against the leanest of these |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:
