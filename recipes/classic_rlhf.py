@@ -9,6 +9,11 @@ ones are demonstrations (SFT); all comparisons train a reward model on the SFT m
 fifth of the prompts; PPO trains an adapter against it, held to the SFT model by KL. The report sets
 PPO and SFT against the base model on 60 requests that training has not seen, with intervals, lengths
 and what was forgotten. Every file is in `runs/classic`; running the command again continues there.
+
+Expected (seed 0): the reward model is right on 85 % (69 to 95) of 39 held-out pairs. SFT is preferred
+to the base model in 66 % (55 to 75) of 60 prompts, PPO in 87 % (77 to 93), where "the shorter wins"
+would say 86 %, and PPO to SFT in 68 % (57 to 78); 45 words become 24, KL is 1.6 nats, perplexity of
+prose +6 %. After the candidates it takes 20 minutes of one core's time, of which PPO 13.
 """
 
 from dataclasses import dataclass, field
