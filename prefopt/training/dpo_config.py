@@ -6,7 +6,6 @@ data.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -14,6 +13,7 @@ from typing import Any, get_args
 import trl
 
 from prefopt.losses import PAIR_LOSSES, LossSettings, SoftLabels, check_losses
+from prefopt.training.trl_config import with_own_fields
 
 LISTWISE_LOSSES = ("plackett_luce", "infonca", "nca")
 
@@ -166,15 +166,4 @@ def own_config(args: Any, model: Any) -> DPOConfig:
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "model")
         return DPOConfig(f"{str(name).rstrip('/').split('/')[-1] or 'model'}-DPO")
-    if isinstance(args, DPOConfig):
-        config: DPOConfig = args
-        return config
-    if not isinstance(args, trl.DPOConfig):
-        raise TypeError(f"args must be a DPOConfig, got {type(args).__name__}.")
-    # A script may still use TRL's own config: the same fields, ours at their defaults.
-    own: DPOConfig = copy.copy(args)
-    own.__class__ = DPOConfig
-    for name, spec in DPOConfig.__dataclass_fields__.items():
-        if not hasattr(own, name):
-            setattr(own, name, spec.default)
-    return own
+    return with_own_fields(args, DPOConfig, trl.DPOConfig)

@@ -6,7 +6,6 @@ data.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -15,6 +14,7 @@ import trl
 from prefopt.losses import SoftLabels
 from prefopt.reward_losses import PairModel, RewardLossSettings
 from prefopt.training.preference_rows import PairChoice, Truncation
+from prefopt.training.trl_config import with_own_fields
 
 REWARD_LOSSES = (*get_args(PairModel), "plackett_luce")
 """The names that `loss_type` takes."""
@@ -134,14 +134,4 @@ def own_reward_config(args: Any, name: str) -> RewardConfig:
     """The settings of a trainer: a default for None, and TRL's own config with our fields added."""
     if args is None:
         return RewardConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-Reward")
-    if isinstance(args, RewardConfig):
-        config: RewardConfig = args
-        return config
-    if not isinstance(args, trl.RewardConfig):
-        raise TypeError(f"args must be a RewardConfig, got {type(args).__name__}.")
-    own: RewardConfig = copy.copy(args)
-    own.__class__ = RewardConfig
-    for field_name, spec in RewardConfig.__dataclass_fields__.items():
-        if not hasattr(own, field_name):
-            setattr(own, field_name, spec.default)
-    return own
+    return with_own_fields(args, RewardConfig, trl.RewardConfig)
