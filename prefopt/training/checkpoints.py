@@ -6,15 +6,15 @@ method and no model.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.records import unwritable, write_bytes
+# Every training function takes it from here, beside what makes it resumable.
+from prefopt.data.records import whole_folder as whole_folder
+from prefopt.data.records import write_bytes
 from prefopt.types import content_hash
 
 logger = logging.getLogger(__name__)
@@ -51,21 +51,3 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path, ignore_errors=True)
     return max(whole)[1] if whole else None
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` when the block ends without error.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except OSError as error:
-        raise unwritable(folder, error) from error
