@@ -6,15 +6,17 @@ that no argument has is an error. Nothing is computed here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from prefopt.classic_flow import ClassicConfig, run_classic_flow
 from prefopt.data.export_formats import FormatName
-from prefopt.errors import HostedError, PrefoptError
+from prefopt.errors import GateFailed, HostedError, PrefoptError
 from prefopt.evaluation.tuning_advice import Aim, Changes
 from prefopt.flow import FlowConfig, run_flow
 from prefopt.label_job import LabelConfig
@@ -331,53 +333,124 @@ def evaluate(
     adapter: str | None = None,
     tuned_answers: str | None = None,
     base_answers: str | None = None,
+    answers: dict[str, str] | None = None,
+    baseline: str | None = None,
+    pairs: Literal["all", "baseline"] = "all",
     judge: str = "rules:house_style",
     rubric: str = "house_style",
     max_usd: float | None = None,
     prices: str | None = None,
+    human_labels: str | None = None,
+    to_label: int = 0,
+    capabilities: str = "none",
+    max_drop: float = 0.0,
+    beta: float | None = None,
+    gate: bool = False,
+    min_win_rate: float | None = None,
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
     seed: int = 1,
     device: Device = "auto",
     stop: Literal["never", "decided"] = "never",
 ) -> None:
-    """Compare a tuned model with its base model, or two answer files, and write a report.
+    """Compare a tuned model with its base model, or the answers of two or more models, in a report.
 
     Example: prefopt evaluate --prompts held_out.jsonl --model demo --adapter adapter --out report
+
+    Is it better, at equal length and style, by people's standard, and what did it forget:
+      ... --to_label 50                        also writes 50 pairs for people to label
+      ... --human_labels report/to_label.jsonl corrects the judge by their labels
+      ... --capabilities offline --gate        exit code 3 if a skill is lost or the model is worse
+    Any number of models, ranked:
+      prefopt evaluate --answers.base b.jsonl --answers.sft s.jsonl --answers.dpo d.jsonl --out report
+
+    Exit codes: 0 done, 1 refused or failed, 3 done and the gate is not passed. The same command goes
+    on where it was stopped; with more options it samples and asks only for what is new.
 
     Args:
         out: folder for report.html, report.md, report.json and report.png.
         prompts: prompts that the model was not trained on.
         model: the base model.
-        adapter: the tuned adapter. Not needed with two answer files.
+        adapter: the tuned adapter. Not needed with answer files.
         tuned_answers: JSONL of answers by the tuned side, instead of sampling them.
         base_answers: JSONL of answers by the base side, instead of sampling them.
+        answers: JSONL files of any number of models by name, as --answers.NAME FILE or, in a YAML
+            file, as a mapping. They are ranked; the report is about the last one against the baseline.
+        baseline: with --answers, the model that the others are held against; the first by default.
+        pairs: with --answers, compare all pairs of models, or each with the baseline only.
         judge: "rules:house_style", "anthropic:<model>", "openai:<model>@<base_url>",
             "local:<model>", "scripted:shortest".
         rubric: what better means: "house_style", "helpful", or a text file.
         max_usd: the most a paid judge may cost here, however often it is continued, in US dollars.
         prices: JSON file with prices by model, as in `prefopt judge label`.
+        human_labels: pairs of this evaluation labelled by people, as --to_label writes them.
+        to_label: write this many pairs to OUT/to_label.jsonl for people to label, blind.
+        capabilities: what else the model must still do: "offline" for the built-in tasks, or names of
+            tasks, separated by commas; "none" measures nothing. Needs the model.
+        max_drop: the drop of a task's score, a fraction, that the gate lets pass.
+        beta: of DPO or PPO, to give implicit rewards beside log-ratios.
+        gate: exit with code 3 where the tuned model is shown to be worse, a task is shown to have
+            dropped by more than --max_drop, or --min_win_rate is not reached.
+        min_win_rate: for the gate: a fraction that the lower end of the win rate's 95 % interval must
+            reach; 0.5 asks for a difference that is shown.
         sampling: how the answers are sampled.
         seed: of the sampling.
         device: "auto" takes a GPU where there is one.
         stop: "decided" judges prompts in random order and stops when the result is sure, which saves
             calls to a paid judge; "never" judges all.
     """
-    from prefopt.evaluation.evaluate import evaluate_answers, evaluate_model
+    from prefopt.evaluation.evaluate import compare_models, evaluate_answers, evaluate_model
+    from prefopt.evaluation.gate import gate_failures
 
+    two_files = tuned_answers is not None or base_answers is not None
+    problems = []
+    if min_win_rate is not None and not gate:
+        problems.append("--min_win_rate is of the gate: add --gate")
+    if answers is not None and (two_files or adapter is not None):
+        problems.append(
+            "--answers stands alone: leave out --adapter, --tuned_answers, --base_answers"
+        )
+    if answers is None and baseline is not None:
+        problems.append("--baseline names one of --answers")
+    if capabilities != "none" and (answers is not None or two_files):
+        problems.append("--capabilities needs the model itself: give --model and --adapter")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
     options: dict[str, Any] = {
         "judge": judge,
         "rubric": rubric,
         "max_usd": max_usd,
         "prices": prices,
         "stop": stop,
+        "human_labels": human_labels,
+        "to_label": to_label,
     }
-    if tuned_answers is not None or base_answers is not None:
+    if answers is not None:
+        report = compare_models(answers, out, baseline=baseline, pairs=pairs, **options)
+    elif two_files:
         report = evaluate_answers(tuned_answers, base_answers, out, **options)
     else:
         report = evaluate_model(
-            prompts, model, adapter, out, sampling=sampling, seed=seed, device=device, **options
+            prompts,
+            model,
+            adapter,
+            out,
+            sampling=sampling,
+            seed=seed,
+            device=device,
+            beta=beta,
+            capabilities=_tasks(capabilities),
+            max_drop=max_drop,
+            **options,
         )
     _tell(report, out)
+    if gate and (failures := gate_failures(report, min_win_rate=min_win_rate)):
+        raise GateFailed("the gate is not passed: " + "; ".join(failures) + ".")
+
+
+def _tasks(text: str) -> str | list[str]:
+    """ "none" and "offline" as they are, other names as a list."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return text if text in ("none", "offline") else names
 
 
 def advise(
@@ -543,7 +616,20 @@ def _tell(report: Any, folder: str) -> None:
             lines = textwrap.wrap(short(answer), width=88)
             print(f"  {side:>6}  " + "\n          ".join(lines))
     advice = advice_for(report)
-    print(f"\n{advice.headline} {advice.forgetting}")
+    print(f"\n{advice.headline} {advice.power}".rstrip())
+    print(advice.forgetting)
+    if report.human is not None and report.human.corrected is not None:
+        people = report.human.corrected
+        print(
+            f"By people's standard: {people.win_rate:.0%} ({people.low:.0%} to {people.high:.0%}), "
+            f"from {people.n_labelled} labelled prompts."
+        )
+    if report.ranking is not None:
+        for model in report.ranking.models:
+            places = sorted({model.rank_low, model.rank_high})
+            print(
+                f"  place {'-'.join(map(str, places)):<6} {model.model}  wins {model.win_rate:.0%}"
+            )
     rate = report.win_rate
     print(
         f'A rule that only counts words ("the shorter answer wins") would say '
@@ -772,6 +858,12 @@ Evaluations over time, in one file.
 """
 
 
+_GATE = (
+    "exit with code 3 where the tuned model is shown to be worse, a task is shown to have dropped by "
+    "more than --max_drop, or --min_win_rate is not reached"
+)
+
+
 def build_parser() -> Any:
     """The argument parser of all commands; options come from the signatures above."""
     parser = _parser("prefopt COMMAND [options]", _DESCRIPTION)
@@ -785,7 +877,9 @@ def build_parser() -> Any:
     }
     for function, usage in usages.items():
         sub = _command(function, usage)
-        sub.add_function_arguments(function, as_group=False)
+        sub.add_function_arguments(function, as_group=False, skip={"gate"})
+        if function is evaluate:
+            sub.add_argument("--gate", action="store_true", help=_GATE)
         commands.add_subcommand(function.__name__, sub, help=_summary(function))
     sub = _run_command("prefopt run --out FOLDER [options]", _text(run), FlowConfig)
     commands.add_subcommand("run", sub, help=_summary(run))
@@ -896,10 +990,52 @@ def _summary(function: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 refused, 130 stopped by the user)."""
-    parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    """Run one command; returns the exit code.
+
+    0 done, 1 refused, 3 done but the gate is not passed, 130 stopped by the user, 141 nobody read the
+    output to its end (`| head`), which is no error of ours.
+    """
+    try:
+        with _flushed():
+            parser = build_parser()
+            parsed = parser.parse_args(arguments)
+    except _Unread:
+        return _UNREAD
     return _guarded(lambda: _dispatch(parser.instantiate(parsed)))
+
+
+_UNREAD = 141  # as shells count it: 128 and SIGPIPE's number
+
+
+class _Unread(Exception):
+    """Whoever read the output has gone."""
+
+
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """Flush the output while an error can still be caught; raise `_Unread` where nobody reads it."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _nobody_reads():
+            raise  # some other pipe
+        # Python flushes once more on its way out, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _Unread from error
+
+
+def _nobody_reads() -> bool:
+    import select
+
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no such call, or no file behind stdout
+        return True
 
 
 def run_recipe(
@@ -928,7 +1064,13 @@ def _guarded(work: Callable[[], None]) -> int:
     for noisy in ("httpx", "httpx2", "transformers", "datasets", "huggingface_hub", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        work()
+        with _flushed():
+            work()
+    except _Unread:
+        return _UNREAD
+    except GateFailed as error:
+        print(f"prefopt: {error}", file=sys.stderr)
+        return 3
     except (PrefoptError, ValueError) as error:
         print(f"prefopt: {error}", file=sys.stderr)
         return 1

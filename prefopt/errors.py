@@ -8,6 +8,7 @@
     │   └── BudgetExceeded     the money limit was reached; what was bought is kept
     ├── TrainingError      training that must not start or must not go on
     ├── HostedError        a hosted service that refuses or cannot be reached
+    ├── GateFailed         an evaluation that does not pass the gate that was set
     └── RunError           a run folder that does not match what is asked of it
 
 Wrong arguments to a function raise ValueError. Messages say what was expected, what came, where,
@@ -54,6 +55,10 @@ class TrainingError(PrefoptError):
 
 class HostedError(PrefoptError):
     """A hosted training service refuses, fails or cannot be reached."""
+
+
+class GateFailed(PrefoptError):
+    """An evaluation that does not pass the gate that was set for it."""
 
 
 class RunError(PrefoptError):

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 if TYPE_CHECKING:
+    from prefopt.evaluation.capability_report import TaskChange
     from prefopt.evaluation.eval_report import EvalReport
+    from prefopt.evaluation.human_labels import HumanCheck
     from prefopt.evaluation.length_control import LengthControl
     from prefopt.evaluation.sequential import SequentialResult
+    from prefopt.evaluation.style_control import StyleControl
 
 # Conventions, not laws: where a sentence changes. All are fractions.
 FORGOT_LITTLE = 0.02
@@ -23,6 +26,7 @@ FORGOT_MUCH = 0.10
 MANY_FLIPS = 0.20
 MANY_UNSCORED = 0.10
 ONLY_LENGTH = 0.95
+SURE_P = 0.05
 _MOST_PROMPTS_ADVISED = 5_000
 
 
@@ -30,11 +34,15 @@ Light = Literal["good", "caution", "stop"]
 
 
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
-    """The verdict in words. `level` is the light: good (go on), caution, stop."""
+    """The verdict in words. `level` is the light: good (go on), caution, stop.
+
+    `power` says which difference this evaluation could have shown.
+    """
 
     level: Light
     label: str
     headline: str
+    power: str
     forgetting: str
     next_steps: tuple[str, ...]
 
@@ -79,6 +87,7 @@ def advice_for(report: EvalReport) -> Advice:
         level=level,
         label=label,
         headline=_headline(report),
+        power=_power(report),
         forgetting=_forgetting(report),
         next_steps=tuple(steps),
     )
@@ -103,6 +112,9 @@ def doubts_about(report: EvalReport) -> list[Doubt]:
     ]
     if report.length_control is not None:
         rows.append(_at_equal_length(report.length_control))
+    if report.style_control is not None:
+        rows.append(_at_equal_style(report.style_control))
+    rows.append(_by_people(report.human))
     if rate.agrees_with_shortest is not None:
         rows.append(
             Doubt(
@@ -175,6 +187,34 @@ def doubts_about(report: EvalReport) -> list[Doubt]:
     return rows
 
 
+def measured_on(report: EvalReport) -> str:
+    """What stands behind every figure of the judge: sample, judge quality, cost."""
+    rate = report.win_rate
+    both = rate.n - rate.n_one_order
+    parts = [counted(rate.n_prompts, "prompt")]
+    if rate.n != rate.n_prompts:
+        parts[0] = f"{counted(rate.n, 'comparison')} of {parts[0]}"
+    parts[0] += ", judged in both orders" if both == rate.n else ", judged in one order only"
+    if 0 < both < rate.n:
+        parts[0] = f"{counted(rate.n, 'comparison')}, {both} of them judged in both orders"
+    if both:
+        parts.append(f"the order decided in {percent(rate.n_flipped / both)}")
+    if rate.first_position_share is not None:
+        parts.append(f"first answer named {percent(rate.first_position_share)}")
+    accuracy = None if report.human is None else report.human.agreement.accuracy
+    if accuracy is None:
+        parts.append("judge not checked against people here")
+    else:
+        parts.append(
+            f"judge right on {percent(accuracy.value)} ({interval(accuracy.low, accuracy.high)}) of "
+            f"{counted(accuracy.n, 'human label')}"
+        )
+    if report.n_verdicts is not None and report.verdicts_usd is not None:
+        price = f"${report.verdicts_usd:.2f}" if report.verdicts_usd else "no charge"
+        parts.append(f"{report.n_verdicts:,} verdicts, {price}")
+    return " · ".join(parts)
+
+
 def _at_equal_length(control: LengthControl) -> Doubt:
     name = "If the answers were equally long"
     if control.win_rate is None or control.low is None or control.high is None:
@@ -184,6 +224,57 @@ def _at_equal_length(control: LengthControl) -> Doubt:
         name=name,
         value=f"{percent(control.win_rate)} ({interval(control.low, control.high)})",
         meaning=" ".join([meaning, *control.notes]),
+    )
+
+
+def _at_equal_style(control: StyleControl) -> Doubt:
+    name = "If the answers also looked alike"
+    if control.win_rate is None or control.low is None or control.high is None:
+        return Doubt(name=name, value="not known", meaning=" ".join(control.notes))
+    counts = ", ".join(
+        f"{'bold passages' if c.feature == 'bold' else c.feature} {c.before:.1f} → {c.after:.1f}"
+        for c in control.counts
+        if c.feature != "length"
+    )
+    meaning = (
+        "The win rate with length, headers, lists and bold text held equal (Arena-Hard's style "
+        f"control). Mean an answer: {counts}."
+    )
+    return Doubt(
+        name=name,
+        value=f"{percent(control.win_rate)} ({interval(control.low, control.high)})",
+        meaning=" ".join([meaning, *control.notes]),
+    )
+
+
+def _by_people(human: HumanCheck | None) -> Doubt:
+    name = "By people's standard"
+    if human is None:
+        return Doubt(
+            name=name,
+            value="not measured",
+            meaning="Nobody checked the judge on these answers. Have 30 or more pairs labelled "
+            "(--to_label 30 writes them, --human_labels reads them).",
+        )
+    corrected = human.corrected
+    if corrected is None:
+        return Doubt(
+            name=name,
+            value=f"{percent(human.people_rate)} ({interval(human.people_low, human.people_high)})",
+            meaning=f"The labels alone, {counted(human.n_prompts, 'prompt')}. The judge's verdicts "
+            f"could not be corrected by them: {human.why_not}",
+        )
+    meaning = (
+        f"The judge's {percent(corrected.judge_only)} corrected by people's labels of "
+        f"{counted(corrected.n_labelled, 'prompt')} (PPI++): it errs by "
+        f"{100 * corrected.judge_bias:+.0f} points there. The labels alone say "
+        f"{percent(corrected.people_only)} "
+        f"({interval(corrected.people_low, corrected.people_high)})."
+    )
+    return Doubt(
+        name=name,
+        value=f"{percent(corrected.win_rate)} ({interval(corrected.low, corrected.high)})",
+        meaning=" ".join([meaning, *corrected.notes]),
     )
 
 
@@ -261,10 +352,45 @@ def _headline(report: EvalReport) -> str:
     return f"No difference shown: the tuned model is {preferred}, and that interval includes 50 %."
 
 
+def _power(report: EvalReport) -> str:
+    if report.stopping is not None:
+        return ""  # what it could show depends on when it stopped
+    rate = report.win_rate
+    if rate.mde_points is None:
+        return f"{counted(rate.n_prompts, 'prompt').capitalize()} can show no difference at all."
+    points = max(1, math.ceil(rate.mde_points - 1e-9))
+    return (
+        f"{counted(rate.n_prompts, 'prompt').capitalize()} can show {points} points: a win rate of "
+        f"{50 - points} % or less, or {50 + points} % or more, would be told from chance four times "
+        "in five."
+    )
+
+
 def _forgetting(report: EvalReport) -> str:
+    tasks = _capabilities(report)
+    if report.perplexity_change is None:
+        return tasks or "Whether it forgot anything was not measured."
+    return f"{tasks} {_surprise(report)}".strip() if tasks else _surprise(report)
+
+
+def _capabilities(report: EvalReport) -> str:
+    if report.capabilities is None:
+        return ""
+    tasks = report.capabilities.tasks
+    lost = [t for t in tasks if t.verdict == "dropped"]
+    unclear = sum(t.verdict == "no change shown" for t in tasks)
+    if lost:
+        named = " and ".join(_task_loss(t) for t in lost)
+        rest = f" {counted(unclear, 'other task')} show no change." if unclear else ""
+        return f"It lost {named}.{rest.replace('1 other task show', '1 other task shows')}"
+    if unclear == len(tasks):
+        return f"No loss shown on {counted(len(tasks), 'task')} that were not its aim."
+    return f"No loss shown on {counted(len(tasks), 'task')}; {len(tasks) - unclear} got better."
+
+
+def _surprise(report: EvalReport) -> str:
     change = report.perplexity_change
-    if change is None:
-        return "Whether it forgot anything was not measured."
+    assert change is not None
     amount = percent_of_change(change)
     on = f"perplexity on {report.perplexity_text}"
     if change <= 0:
@@ -292,6 +418,28 @@ def _cautions(report: EvalReport) -> list[str]:
         found.append(
             "It writes other text worse than before. Test what else the model must still do; to "
             "forget less, train with a lower learning rate, a higher beta or fewer epochs."
+        )
+    found += _capability_cautions(report)
+    found += _people_cautions(report)
+    style = report.style_control
+    if rate.verdict == "better" and style is not None and style.low is not None and not style.notes:
+        assert style.win_rate is not None
+        assert style.high is not None
+        if style.low <= 0.5:
+            found.append(
+                "At equal length and formatting no difference is shown: "
+                f"{percent(style.win_rate)} ({interval(style.low, style.high)}). The judge may be "
+                "rewarding how answers look."
+            )
+    figures = report.answer_figures
+    if (
+        figures is not None
+        and figures.refused_after > figures.refused_before
+        and figures.refused_p < SURE_P
+    ):
+        found.append(
+            f"It refuses more often: {figures.refused_after} of {figures.n} answers, before "
+            f"{figures.refused_before}. Read those answers."
         )
     both = rate.n - rate.n_one_order
     if both == 0:
@@ -321,6 +469,57 @@ def _cautions(report: EvalReport) -> list[str]:
             "fill them in: they may be the hard ones."
         )
     return found
+
+
+def _capability_cautions(report: EvalReport) -> list[str]:
+    if report.capabilities is None:
+        return []
+    lost = [t for t in report.capabilities.tasks if t.verdict == "dropped"]
+    if not lost:
+        return []
+    named = " and ".join(_task_loss(t) for t in lost)
+    return [
+        f"It lost {named}. If that matters, mix general data into training (replay), or train more "
+        "gently; see docs/forgetting.md."
+    ]
+
+
+def _people_cautions(report: EvalReport) -> list[str]:
+    human = report.human
+    if human is None:
+        return []
+    found = []
+    accuracy = human.agreement.accuracy
+    if accuracy is not None and accuracy.low <= 0.5:
+        found.append(
+            f"The judge agrees with people on {percent(accuracy.value)} "
+            f"({interval(accuracy.low, accuracy.high)}) of {counted(accuracy.n, 'labelled pair')}: "
+            "not shown to be better than a coin. Label more, or take another judge."
+        )
+    corrected = human.corrected
+    if corrected is not None and report.win_rate.verdict == "better" and corrected.low <= 0.5:
+        what = "it is worse" if corrected.high < 0.5 else "no difference is shown"
+        found.append(
+            f"By people's standard {what}: {percent(corrected.win_rate)} "
+            f"({interval(corrected.low, corrected.high)}). Where people and the judge differ, people "
+            "are right."
+        )
+    return found
+
+
+def _task_loss(task: TaskChange) -> str:
+    """Such as "arithmetic: 61 % to 44 %", in a sentence."""
+    return f"{task.title.lower()} ({task_value(task, task.base)} to {task_value(task, task.tuned)})"
+
+
+def task_value(task: TaskChange, value: float) -> str:
+    """A task's metric as people read it: percent for shares."""
+    return percent(value) if task.is_share else f"{value:.4g}"
+
+
+def counted(n: int, what: str) -> str:
+    """A number with its noun, as "1 prompt" or "2,000 prompts"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _more_prompts(report: EvalReport) -> str:

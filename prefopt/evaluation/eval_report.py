@@ -1,9 +1,10 @@
 """The end of the flow: one `EvalReport`, and the four files it is read in.
 
 In: comparisons of tuned and baseline answers with their verdicts, and whatever else is known
-(perplexity, training curve, label counts). Out: `report.json` (the record, typed), `report.md`,
-`report.html` (one file, no script, nothing loaded) and `report.png`. What is not given is left out
-of the report or named as not measured; it is never shown as zero. It runs no model and no judge.
+(people's labels, a ranking, capabilities, distance, perplexity, training curve). Out: `report.json`
+(the record, typed), `report.md`, `report.html` (one file, no script, nothing loaded) and
+`report.png`. What is not given is left out of the report or named as not measured; it is never shown
+as zero. It runs no model and no judge.
 """
 
 from __future__ import annotations
@@ -24,12 +25,24 @@ from prefopt.evaluation.advice import (
     advice_for,
     doubts_about,
     interval,
+    measured_on,
     percent,
     signed_percent,
 )
+from prefopt.evaluation.capability_report import CapabilityReport
 from prefopt.evaluation.figure import picture_bytes, svg_panels
+from prefopt.evaluation.human_labels import HumanCheck
 from prefopt.evaluation.length_control import LengthControl, length_controlled_win_rate
+from prefopt.evaluation.model_figures import (
+    AnswerFigures,
+    FrontierPoint,
+    PolicyShift,
+    answer_figures,
+)
+from prefopt.evaluation.ranking import Ranking
+from prefopt.evaluation.report_tables import capability_rows, model_rows, ranking_rows
 from prefopt.evaluation.sequential import SequentialResult
+from prefopt.evaluation.style_control import StyleControl, style_controlled_win_rate
 from prefopt.evaluation.win_rate import Result, WinRate, result_of, win_rate
 from prefopt.judges.rubric import Rubric
 from prefopt.training.health import HealthNote
@@ -101,11 +114,15 @@ class EvalReport(
 ):
     """Everything the report shows. Only the title, the models, the judge and the rate are needed.
 
-    `length_control` is the win rate at equal length, `stopping` where judging stopped before all
-    prompts were asked. `perplexity_change` is the fraction by which perplexity on `perplexity_text`
-    rose. `cost_usd` is what judging cost in US dollars, None when not known. `details` are further
-    lines of "how it was made", `prompts_name` what the prompts are called in sentences ("held-out
-    prompts").
+    `length_control` is the win rate at equal length, `style_control` at equal length and formatting,
+    `stopping` where judging stopped before all prompts were asked. `human` is what people's labels
+    say, `ranking` the place among more than two models, `ranking_at_equal_style` the same with style
+    held equal. `answer_figures` are of the answers, `shift` is how far tuning moved the model, and
+    `frontier` further models in the picture of win rate against KL. `capabilities` are the tasks that
+    were not tuning's aim. `perplexity_change` is the fraction by which perplexity on `perplexity_text`
+    rose. `cost_usd` is what judging cost in all, in US dollars, None when not known; `n_verdicts`
+    and `verdicts_usd` are of the verdicts behind this report alone. `details` are further lines of
+    "how it was made", `prompts_name` what the prompts are called in sentences ("held-out prompts").
     """
 
     title: str
@@ -119,7 +136,15 @@ class EvalReport(
     judge_note: str = ""
     prompts_name: str = "prompts"
     length_control: LengthControl | None = None
+    style_control: StyleControl | None = None
     stopping: SequentialResult | None = None
+    human: HumanCheck | None = None
+    ranking: Ranking | None = None
+    ranking_at_equal_style: Ranking | None = None
+    answer_figures: AnswerFigures | None = None
+    shift: PolicyShift | None = None
+    frontier: tuple[FrontierPoint, ...] = ()
+    capabilities: CapabilityReport | None = None
     perplexity_base: float | None = None
     perplexity_tuned: float | None = None
     perplexity_change: float | None = None
@@ -129,6 +154,8 @@ class EvalReport(
     labels: LabelCounts | None = None
     preflight: tuple[str, ...] = ()
     cost_usd: float | None = None
+    n_verdicts: int | None = None
+    verdicts_usd: float | None = None
     seeds: dict[str, int] = {}
     details: dict[str, str] = {}
     created_with: dict[str, str] = {}
@@ -158,6 +185,12 @@ def build_report(
     created_at: str = "",
     seed: int = 0,
     stopping: SequentialResult | None = None,
+    human: HumanCheck | None = None,
+    ranking: Ranking | None = None,
+    ranking_at_equal_style: Ranking | None = None,
+    shift: PolicyShift | None = None,
+    frontier: Sequence[FrontierPoint] = (),
+    capabilities: CapabilityReport | None = None,
 ) -> EvalReport:
     """Gather an evaluation into one report.
 
@@ -184,6 +217,12 @@ def build_report(
             same files.
         seed: of the bootstrap interval.
         stopping: where `judge_until_decided` stopped, when it judged these.
+        human: people's labels, see `check_against_people`.
+        ranking: of more than two models, see `rank_models`.
+        ranking_at_equal_style: the same with style held equal.
+        shift: how far tuning moved the model, see `measure_shift`.
+        frontier: further models in the picture of win rate against KL, such as checkpoints.
+        capabilities: see `measure_capabilities`.
 
     Raises:
         ValueError: when no comparison has a verdict, or a perplexity is impossible or alone.
@@ -192,8 +231,9 @@ def build_report(
     rate = win_rate(judged, seed=seed, stopped=early)
     change = _perplexity_change(perplexity_base, perplexity_tuned)
     verdicts = [v for j in judged for v in j.verdicts]
+    verdicts_usd = sum(v.usage.cost_usd for v in verdicts)
     if cost_usd is None:
-        cost_usd = sum(v.usage.cost_usd for v in verdicts)
+        cost_usd = verdicts_usd
     return EvalReport(
         title=title,
         base_model=base_model or _names(j.comparison.b.model for j in judged),
@@ -206,7 +246,15 @@ def build_report(
         judge_note=judge_note,
         prompts_name=prompts_name,
         length_control=length_controlled_win_rate(judged),
+        style_control=style_controlled_win_rate(judged),
         stopping=stopping,
+        human=human,
+        ranking=ranking,
+        ranking_at_equal_style=ranking_at_equal_style,
+        answer_figures=answer_figures(judged),
+        shift=shift,
+        frontier=tuple(frontier),
+        capabilities=capabilities,
         perplexity_base=perplexity_base,
         perplexity_tuned=perplexity_tuned,
         perplexity_change=change,
@@ -216,6 +264,8 @@ def build_report(
         labels=labels,
         preflight=tuple(preflight),
         cost_usd=cost_usd,
+        n_verdicts=len(verdicts),
+        verdicts_usd=verdicts_usd,
         seeds={**(seeds or {}), "bootstrap": seed},
         details=dict(details or {}),
         created_with=installed_versions(),
@@ -300,6 +350,10 @@ def _render(template: str, report: EvalReport, *, autoescape: bool, **extra: Any
         rate=report.win_rate,
         advice=advice_for(report),
         doubts=doubts_about(report),
+        measured_on=measured_on(report),
+        models=model_rows(report),
+        capabilities=capability_rows(report),
+        places=ranking_rows(report),
         interval=interval,
         shown=ANSWERS_SHOWN,
         lost=[n for n, pair in enumerate(report.answers, start=1) if pair.result == "loss"],

@@ -1,27 +1,49 @@
-"""A tuned model or two answer files -> an `EvalReport` in a folder.
+"""A tuned model, or the answers of two or more models -> an `EvalReport` in a folder.
 
-Puts sampling, judging, perplexity and the report in order; the figures themselves are made in
-`win_rate`, `perplexity` and `eval_report`.
+Puts sampling, judging, people's labels, capabilities and the report in order; the figures themselves
+are made in the modules beside this one. What is expensive is kept in the folder: called again, also
+with more options, it samples nothing twice and pays for nothing twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from prefopt.errors import DataError
 from prefopt.evaluation.eval_report import CurvePoint, EvalReport, build_report, write_report
+from prefopt.evaluation.human_labels import check_against_people, write_to_label
 from prefopt.evaluation.sequential import judge_until_decided
 from prefopt.judges import Judge, Rubric, judge_comparisons, load_judge
-from prefopt.models import Device, LanguageModel, load_model
+from prefopt.judges.asking import estimate_missing
+from prefopt.models import (
+    Device,
+    LanguageModel,
+    adapter_fingerprint,
+    load_model,
+    model_fingerprint,
+)
 from prefopt.sampling.candidates import SamplingSettings, sample_candidates
 from prefopt.training.health import TrainingPoint
-from prefopt.types import Candidate, Comparison, Prompt
+from prefopt.types import Candidate, Comparison, JudgedComparison, Prompt, content_hash
+
+logger = logging.getLogger(__name__)
+
+Pairs = Literal["all", "baseline"]
+"""Which of more than two models are compared: every two, or each with the baseline."""
 
 Stop = Literal["never", "decided"]
 """When judging stops: when all is judged, or as soon as the result is sure."""
+
+
+TO_LABEL = "to_label.jsonl"
+"""The file of an evaluation's folder in which people label pairs."""
 
 
 class PerplexityChange(NamedTuple):
@@ -32,10 +54,15 @@ class PerplexityChange(NamedTuple):
     perplexity_text: str
 
 
-def compare_answers(tuned: Sequence[Candidate], base: Sequence[Candidate]) -> list[Comparison]:
+def compare_answers(
+    tuned: Sequence[Candidate],
+    base: Sequence[Candidate],
+    *,
+    names: tuple[str, str] = ("tuned", "base"),
+) -> list[Comparison]:
     """Pair the two sides' answers prompt by prompt; the tuned side's answer is `a`.
 
-    Several answers to one prompt are paired in order.
+    Several answers to one prompt are paired in order. `names` are what the sides are called in errors.
 
     Raises:
         DataError: a prompt without the same number of answers on both sides, all at once.
@@ -45,7 +72,8 @@ def compare_answers(tuned: Sequence[Candidate], base: Sequence[Candidate]) -> li
         for candidate in answers:
             sides.setdefault(candidate.prompt.prompt_id, ([], []))[position].append(candidate)
     problems = [
-        f"prompt {(a or b)[0].prompt.text[:60]!r}: {len(a)} tuned and {len(b)} base answer(s)"
+        f"prompt {(a or b)[0].prompt.text[:60]!r}: {len(a)} {names[0]} and {len(b)} {names[1]} "
+        "answer(s)"
         for a, b in sides.values()
         if len(a) != len(b)
     ]
@@ -101,13 +129,18 @@ def evaluate_model(
     device: Device = "auto",
     progress: bool = True,
     stop: Stop = "never",
+    human_labels: str | Path | None = None,
+    to_label: int = 0,
+    beta: float | None = None,
+    capabilities: str | Sequence[str] = "none",
+    max_drop: float = 0.0,
 ) -> EvalReport:
     """Sample answers with the adapter on and off, judge them, and write a report.
 
     Args:
         prompts: what to ask; prompts that training did not see. A name or a list.
         model: the base model's name.
-        adapter: the tuned adapter.
+        adapter: the tuned adapter. Its training log is read where it lies in the folder.
         out: folder for the report, the answers and the judgements.
         judge: a judge, or its text form.
         rubric: what better means, when `judge` is a text.
@@ -119,6 +152,12 @@ def evaluate_model(
         progress: show bars.
         stop: "decided" judges prompts in random order until the result is sure, which saves calls
             to a paid judge; see `prefopt.evaluation.sequential.judge_until_decided`.
+        human_labels: people's labels of some of these pairs; see `check_against_people`.
+        to_label: write this many pairs to `to_label.jsonl` for people to label.
+        beta: of DPO or PPO, for implicit rewards.
+        capabilities: "none", "offline" (the built-in tasks) or names of tasks, to see what was
+            forgotten; see `prefopt.evaluation.capabilities`.
+        max_drop: the worsening of a task that its gate lets pass.
 
     Raises:
         ValueError: no adapter given.
@@ -126,26 +165,54 @@ def evaluate_model(
     """
     from prefopt.data.prompts import load_prompts
     from prefopt.data.records import write_records
+    from prefopt.evaluation.policy_shift import measure_shift
 
     if adapter is None:
         raise ValueError(
-            "evaluating a model needs the tuned adapter: pass --adapter FOLDER, or compare two "
-            "answer files with --tuned_answers and --base_answers."
+            "evaluating a model needs the tuned adapter: pass --adapter FOLDER, or compare answer "
+            "files with --tuned_answers and --base_answers, or with --answers."
         )
     asked = _asked(judge, rubric, max_usd, prices)
+    _readable(human_labels)
     questions = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
     out = Path(out)
+    weights = content_hash([model_fingerprint(model), adapter_fingerprint(str(adapter))])
     tuned = load_model(model, adapter=adapter, device=device)
-    answers = {"tuned": _answers(questions, tuned, "tuned", sampling, seed, out, progress)}
+
+    def answer(side: str, loaded: LanguageModel) -> list[Candidate]:
+        return sample_candidates(
+            questions, loaded, k=1, settings=sampling, seed=seed, progress=progress,
+            partial=out / f".answers_{side}.{weights[:12]}.partial",
+            description=f"answering ({side} model)",
+        )  # fmt: skip
+
+    out.mkdir(parents=True, exist_ok=True)
+    answers = {"tuned": answer("tuned", tuned)}
     with tuned.adapter_off() as base:
-        base = replace(base, name=model)
-        answers["base"] = _answers(questions, base, "base", sampling, seed, out, progress)
+        answers["base"] = answer("base", replace(base, name=model))
     for side, candidates in answers.items():
         write_records(out / f"answers_{side}.jsonl", candidates)
-    return _judge_and_report(
-        answers["tuned"], answers["base"], out, asked, progress, stop,
-        **measure_forgetting(tuned)._asdict(),
+    judged, figures = _judge(
+        compare_answers(answers["tuned"], answers["base"]),
+        out, asked, progress, stop, human_labels, to_label,
     )  # fmt: skip
+    figures |= measure_forgetting(tuned)._asdict()
+    figures |= _training(adapter, beta)
+    figures["shift"] = measure_shift(
+        tuned, answers["tuned"], answers["base"], beta=beta,
+        sampling=sampling or SamplingSettings(), progress=progress,
+    )  # fmt: skip
+    if capabilities != "none":
+        figures["capabilities"] = _capabilities(
+            tuned,
+            capabilities,
+            max_drop=max_drop,
+            judge=asked,
+            seed=seed,
+            progress=progress,
+            out=out,
+        )
+    return _report(judged, out, asked, **figures)
 
 
 def evaluate_answers(
@@ -159,25 +226,126 @@ def evaluate_answers(
     prices: str | Path | None = None,
     progress: bool = True,
     stop: Stop = "never",
+    human_labels: str | Path | None = None,
+    to_label: int = 0,
 ) -> EvalReport:
     """Judge two sets of answers to the same prompts and write a report. No model is loaded.
 
-    `stop` is that of `evaluate_model`.
+    `stop`, `human_labels` and `to_label` are those of `evaluate_model`.
 
     Raises:
         ValueError: one side is missing.
         DataError, JudgeError: as the steps raise them.
     """
-    from prefopt.data.records import read_records
-
     if tuned_answers is None or base_answers is None:
         raise ValueError("comparing answers needs both sides: tuned_answers and base_answers.")
     asked = _asked(judge, rubric, max_usd, prices)
-    tuned, base = (
-        read_records(side, Candidate) if isinstance(side, str | Path) else list(side)
-        for side in (tuned_answers, base_answers)
+    _readable(human_labels)
+    comparisons = compare_answers(_read(tuned_answers), _read(base_answers))
+    out = Path(out)
+    judged, figures = _judge(comparisons, out, asked, progress, stop, human_labels, to_label)
+    return _report(judged, out, asked, **figures)
+
+
+def compare_models(
+    answers: Mapping[str, str | Path | Sequence[Candidate]],
+    out: str | Path,
+    *,
+    baseline: str | None = None,
+    tuned: str | None = None,
+    pairs: Pairs = "all",
+    judge: str | Judge = "rules:house_style",
+    rubric: str | Rubric = "house_style",
+    max_usd: float | None = None,
+    prices: str | Path | None = None,
+    progress: bool = True,
+    stop: Stop = "never",
+    human_labels: str | Path | None = None,
+    to_label: int = 0,
+) -> EvalReport:
+    """Judge any number of models' answers to the same prompts, rank the models and write a report.
+
+    How many verdicts that takes, and what they cost, is logged before any is asked for. The report
+    is about one pair, `tuned` against `baseline`, with the ranking of all models in it.
+    `judged.jsonl` holds that pair's comparisons, `judged_all.jsonl` all.
+
+    Args:
+        answers: for each model's name its answers, or a JSONL file of them. Each has the same number
+            of answers to every prompt.
+        out: folder for the report and the judgements.
+        baseline: the model that the others are held against; by default the first.
+        tuned: the model that the report is about; by default the last.
+        pairs: "all" compares every two models, "baseline" each with the baseline: fewer calls, and
+            less known of the others' order.
+        judge, rubric, max_usd, prices, progress, human_labels, to_label: see `evaluate_model`. Labels
+            are of the pair that the report is about.
+        stop: "decided" is for two models only.
+
+    Raises:
+        ValueError: fewer than two models, names that are not among them, or `stop` with more than two.
+        DataError, JudgeError: as the steps raise them.
+    """
+    from prefopt.data.records import write_records
+    from prefopt.evaluation.ranking import rank_models
+    from prefopt.evaluation.style import STYLE_FEATURES
+
+    names = list(answers)
+    problems = []
+    if len(names) < 2:
+        problems.append(f"comparing needs the answers of at least two models, got {len(names)}")
+    for what, name in (("baseline", baseline), ("tuned", tuned)):
+        if name is not None and name not in names:
+            problems.append(f"{what} {name!r} is none of the models {', '.join(names)}")
+    if stop != "never" and len(names) > 2:
+        problems.append("stopping once the result is sure is for two models; leave out --stop")
+    if not problems:
+        others = [name for name in names if name != (baseline or names[0])]
+        baseline, tuned = baseline or names[0], tuned or others[-1]
+        if baseline == tuned:
+            problems.append(f"baseline and tuned model are both {baseline!r}")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+    assert baseline is not None
+    assert tuned is not None
+    asked = _asked(judge, rubric, max_usd, prices)
+    _readable(human_labels)
+    named = {
+        name: [msgspec.structs.replace(c, model=name) for c in _read(given)]
+        for name, given in answers.items()
+    }
+    # The pair that the report is about comes first; in each pair the later model is `a`.
+    order = [baseline, *(n for n in names if n not in (baseline, tuned)), tuned]
+    wanted = [
+        (a, b) for b, a in itertools.combinations(order, 2) if pairs == "all" or b == baseline
+    ]
+    wanted.sort(key=lambda pair: pair != (tuned, baseline))
+    comparisons = {(a, b): compare_answers(named[a], named[b], names=(a, b)) for a, b in wanted}
+    out = Path(out)
+    _announce(comparisons, asked, out)
+    every: list[JudgedComparison] = []
+    if len(names) > 2:
+        out.mkdir(parents=True, exist_ok=True)
+        every = judge_comparisons(
+            [c for found in comparisons.values() for c in found],
+            asked, ledger=out / "judgements.sqlite", progress=progress,
+        )  # fmt: skip
+        write_records(out / "judged_all.jsonl", every)
+    judged, figures = _judge(
+        comparisons[tuned, baseline], out, asked, progress, stop, human_labels, to_label
     )
-    return _judge_and_report(tuned, base, Path(out), asked, progress, stop)
+    if every:
+        details = {"Compared": f"{len(names)} models, {len(wanted)} pairs"}
+        try:
+            figures["ranking"] = rank_models(every)
+            figures["ranking_at_equal_style"] = rank_models(every, control=STYLE_FEATURES)
+        except ValueError as error:  # verdicts that failed may leave models without any
+            details["Ranking"] = f"none: {error}"
+        figures |= {
+            "details": details,
+            "title": f"{tuned} against {baseline}, and {len(names)} models ranked",
+            "cost_usd": sum(v.usage.cost_usd for j in every for v in j.verdicts),
+        }
+    return _report(judged, out, asked, base_model=baseline, tuned_model=tuned, **figures)
 
 
 def _asked(
@@ -188,37 +356,52 @@ def _asked(
     return load_judge(judge, rubric=rubric, max_usd=max_usd, prices=prices)
 
 
-def _answers(
-    prompts: Sequence[Prompt],
-    loaded: LanguageModel,
-    side: str,
-    sampling: SamplingSettings | None,
-    seed: int,
-    out: Path,
-    progress: bool,
-) -> list[Candidate]:
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".answers_{side}.partial"
-    found = sample_candidates(
-        prompts, loaded, k=1, settings=sampling, seed=seed, partial=partial, progress=progress,
-        description=f"answering ({side} model)",
+def _read(given: str | Path | Sequence[Candidate]) -> list[Candidate]:
+    from prefopt.data.records import read_records
+
+    return read_records(given, Candidate) if isinstance(given, str | Path) else list(given)
+
+
+def _readable(human_labels: str | Path | None) -> None:
+    """Fail for a missing or broken file now rather than after an hour of judging."""
+    if human_labels is not None:
+        from prefopt.data.rows import read_rows
+
+        rows = read_rows(human_labels)
+        if rows.problems:
+            raise rows.bad("labelled pairs", [])
+
+
+def _announce(
+    comparisons: Mapping[tuple[str, str], Sequence[Comparison]], judge: Judge, out: Path
+) -> None:
+    ledger = out / "judgements.sqlite"
+    flat = [c for found in comparisons.values() for c in found]
+    n_prompts = len({c.prompt.prompt_id for c in flat})
+    n_models = len({name for pair in comparisons for name in pair})
+    cost = estimate_missing(flat, judge, ledger=ledger)
+    logger.info(
+        "%d models, %d pairs, %d prompts: %s verdicts in both orders%s",
+        n_models, len(comparisons), n_prompts, f"{2 * len(flat):,}",
+        "" if cost is None else f"; still to be asked: {cost}",
     )  # fmt: skip
-    partial.unlink(missing_ok=True)
-    return found
 
 
-def _judge_and_report(
-    tuned: Sequence[Candidate],
-    base: Sequence[Candidate],
+def _judge(
+    comparisons: Sequence[Comparison],
     out: Path,
     judge: Judge,
     progress: bool,
     stop: Stop,
-    **figures: Any,
-) -> EvalReport:
+    human_labels: str | Path | None,
+    to_label: int,
+) -> tuple[list[JudgedComparison], dict[str, Any]]:
+    """The verdicts, kept in `judged.jsonl`, and what else of the report comes with them."""
     from prefopt.data.records import write_records
 
-    comparisons, ledger = compare_answers(tuned, base), out / "judgements.sqlite"
+    figures: dict[str, Any] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    ledger = out / "judgements.sqlite"
     if stop == "decided":
         judged, figures["stopping"] = judge_until_decided(
             comparisons, judge, ledger=ledger, progress=progress
@@ -226,6 +409,47 @@ def _judge_and_report(
     else:
         judged = judge_comparisons(comparisons, judge, ledger=ledger, progress=progress)
     write_records(out / "judged.jsonl", judged)
+    if to_label:
+        path = out / TO_LABEL
+        n = write_to_label([j.comparison for j in judged], path, n=to_label)
+        logger.info(
+            "%d pairs to label in %s: fill in `label` (A, B or tie), then the same command with "
+            "--human_labels %s instead of --to_label.", n, path, path,
+        )  # fmt: skip
+    if human_labels is not None:
+        figures["human"] = check_against_people(judged, human_labels)
+    return judged, figures
+
+
+def _training(adapter: str | Path, beta: float | None) -> dict[str, Any]:
+    """The training curve and health notes of a DPO adapter; nothing where it has no such log."""
+    from prefopt.training.dpo import load_training_log
+    from prefopt.training.health import diagnose
+
+    if not (Path(adapter) / "training_log.jsonl").is_file():
+        return {}
+    try:
+        points = load_training_log(adapter)
+    except DataError:  # the log of another trainer, which has other columns
+        return {}
+    if not points:
+        return {}
+    return {"training": training_curve(points), "health": diagnose(points, beta=beta)}
+
+
+def _capabilities(
+    tuned: LanguageModel, tasks: str | Sequence[str], *, max_drop: float, out: Path, **options: Any
+) -> Any:
+    from prefopt.evaluation.capabilities import measure_capabilities
+
+    return measure_capabilities(
+        tuned, tasks=tasks, max_drop=max_drop, out=out / "capabilities", **options
+    )
+
+
+def _report(
+    judged: Sequence[JudgedComparison], out: Path, judge: Judge, **figures: Any
+) -> EvalReport:
     report = build_report(judged, judge=judge.name, rubric=judge.rubric, **figures)
     write_report(report, out)
     return report

@@ -11,11 +11,13 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from prefopt.evaluation.advice import interval, percent
+from prefopt.evaluation.model_figures import Mean
+from prefopt.evaluation.ranking import ELO_PER_LOGIT
 from prefopt.evaluation.win_rate import word_count
 
 if TYPE_CHECKING:
@@ -92,7 +94,9 @@ def picture_bytes(report: EvalReport) -> bytes:
 
 
 def svg_panels(report: EvalReport) -> dict[str, Panel]:
-    """The panels by name: "result", "lengths", and one per training curve that was logged."""
+    """The panels by name: "result", "lengths", "ranking" and "frontier" where there is one, and one
+    per training curve that was logged.
+    """
     rate = report.win_rate
     panels = {
         "result": Panel(
@@ -112,6 +116,32 @@ def svg_panels(report: EvalReport) -> dict[str, Panel]:
             f"{rate.mean_words_baseline:.0f} words on average, after {rate.mean_words_tuned:.0f}.",
         ),
     }
+    if report.ranking is not None:
+        panels["ranking"] = Panel(
+            title="Strength of the models",
+            svg=_svg("ranking", 4.3, 0.4 + 0.46 * len(report.ranking.models), draw_ranking, report),
+            note="Elo points, 0 is the models' mean; the line is the 95 % interval. 100 points are a "
+            "win rate of 64 %. A hollow dot marks a strength without a limit in these data.",
+            description="; ".join(
+                f"{_plain(m.model, 40)} {ELO_PER_LOGIT * m.strength:+.0f}"
+                for m in report.ranking.models
+            )
+            + ".",
+        )
+    points = frontier_points(report)
+    if len(points) > 1:
+        panels["frontier"] = Panel(
+            title="Win rate against distance from the base model",
+            svg=_svg("frontier", 4.3, 2.5, draw_frontier, report),
+            note="Each dot is a model: how far it moved from the base model (KL, nats an answer) and "
+            "how often it is preferred to it, with 95 % intervals. Of two models that win as often, "
+            "the one further left changed less.",
+            description="; ".join(
+                f"{_plain(name, 40)}: KL {kl.value:.1f}, win rate {percent(rate)}"
+                for name, kl, rate, _, _ in points
+            )
+            + ".",
+        )
     for name, title, meaning, draw in _CURVES:
         if _has_curve(report, name):
             panels[name] = Panel(
@@ -221,6 +251,80 @@ def draw_lengths(axes: Any, report: EvalReport) -> None:
     axes.tick_params(axis="y", labelsize=11, labelcolor=INK)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=True, axis="x", color=LINE, linewidth=0.8)
+
+
+class _Point(NamedTuple):
+    name: str
+    kl: Mean
+    win_rate: float
+    low: float
+    high: float
+
+
+def frontier_points(report: EvalReport) -> list[_Point]:
+    """The base model, further models in order of KL, and the tuned model; none without its KL."""
+    if report.shift is None:
+        return []
+    rate = report.win_rate
+    tuned = _Point("tuned", report.shift.kl, rate.win_rate, *rate.headline_interval)
+    more = [_Point(p.name, p.kl, p.win_rate, p.low, p.high) for p in report.frontier]
+    start = Mean(value=0.0, low=0.0, high=0.0, n_prompts=report.shift.kl.n_prompts)
+    base = _Point("base", start, 0.5, 0.5, 0.5)
+    return [base, *sorted(more, key=lambda p: p.kl.value), tuned]
+
+
+def draw_ranking(axes: Any, report: EvalReport) -> None:
+    """A dot with its interval a model, strongest on top, in Elo points."""
+    assert report.ranking is not None
+    models = report.ranking.models
+    axes.axvline(0, color=MUTED, linewidth=1.1, linestyle=(0, (3, 2)))
+    ends = [ELO_PER_LOGIT * x for m in models for x in (m.low, m.high) if math.isfinite(x)]
+    strengths = [ELO_PER_LOGIT * m.strength for m in models]
+    # A model that always won has an interval as wide as the prior; the others would shrink to dots.
+    reach = 1.15 * min(
+        max(map(abs, [*ends, *strengths, 50.0])), 2.5 * max([*map(abs, strengths), 50.0])
+    )
+    for place, (m, strength) in enumerate(zip(models, strengths, strict=True)):
+        y = len(models) - 1 - place
+        if math.isfinite(m.low) and math.isfinite(m.high):
+            low, high = (min(max(ELO_PER_LOGIT * x, -reach), reach) for x in (m.low, m.high))
+            axes.plot([low, high], [y, y], color=WIN, linewidth=2.4, solid_capstyle="butt")
+        axes.plot([strength], [y], "o", color=WIN, markersize=8, zorder=3,
+                  markerfacecolor=PAPER if m.unbounded else WIN, markeredgewidth=1.8)  # fmt: skip
+        _write(axes, 0, y + 0.3, _plain(m.model, 44), size=10.5, color=INK, va="center",
+               transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-0.45, len(models) - 0.4)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=True, axis="x", color=LINE, linewidth=0.8)
+    axes.set_xlabel("Elo points", color=MUTED, fontsize=10)
+
+
+def draw_frontier(axes: Any, report: EvalReport) -> None:
+    """Win rate over the base model by KL to it, with both intervals."""
+    points = frontier_points(report)
+    axes.axhline(0.5, color=MUTED, linewidth=1.1, linestyle=(0, (3, 2)))
+    axes.plot([p.kl.value for p in points], [p.win_rate for p in points], color=LINE, linewidth=1.4)
+    ends = [x for p in points for x in (p.kl.value, p.kl.low, p.kl.high) if x is not None]
+    width = max(max(ends) - min(0.0, *ends), 1e-9)
+    for p in points:
+        colour = MUTED if p.name == "base" else WIN
+        if p.kl.low is not None and p.kl.high is not None:
+            axes.plot([p.kl.low, p.kl.high], [p.win_rate] * 2, color=colour, linewidth=1.6)
+        axes.plot([p.kl.value] * 2, [p.low, p.high], color=colour, linewidth=1.6)
+        axes.plot([p.kl.value], [p.win_rate], "o", color=colour, markersize=8, zorder=3)
+        on_right = p.kl.value > min(0.0, *ends) + 0.75 * width
+        axes.annotate(
+            _plain(p.name, 24), (p.kl.value, p.win_rate), xytext=(-9 if on_right else 9, 7),
+            textcoords="offset points", ha="right" if on_right else "left", va="bottom",
+            fontsize=10.5, color=INK, parse_math=False,
+        )  # fmt: skip
+    axes.set_xlim(min(0.0, *ends) - 0.05 * width, max(ends) + 0.06 * width)
+    axes.set_ylim(0, 1.02)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xlabel("KL to the base model (nats an answer)", color=MUTED, fontsize=10)
+    axes.grid(visible=True, axis="y", color=LINE, linewidth=0.8)
 
 
 def _draw_curve(axes: Any, report: EvalReport, name: str, reference: float | None = None) -> None:
