@@ -48,6 +48,7 @@ def score_tokens(
     *,
     statistics: bool = True,
     log_sum_sq: bool = False,
+    chunk_rows: int | None = None,
 ) -> TokenScores:
     """Log-probabilities of tokens given the hidden states that predict them, in float32.
 
@@ -58,15 +59,17 @@ def score_tokens(
         targets: (R,) token ids.
         statistics: whether to work out entropy, mean logit and top-1 as well; zeros otherwise.
         log_sum_sq: whether to work out log sum_v p_v^2 as well (WPO needs it).
+        chunk_rows: positions that go through the head together; None takes what suits the device.
     """
-    wanted = _Wanted(statistics, log_sum_sq)
+    chunk_rows = chunk_rows or head_chunk_rows(hidden.device.type, head.weight.shape[0])
+    wanted = _Wanted(statistics, log_sum_sq, chunk_rows)
     out = _ScoreTokens.apply(
         hidden, head.weight, head.bias, targets, head.scale, head.softcap, wanted
     )
     return TokenScores(*out)
 
 
-def _chunk_rows(device_type: str, vocabulary: int) -> int:
+def head_chunk_rows(device_type: str, vocabulary: int) -> int:
     """Positions that go through the head together."""
     return _CHUNK if device_type == "cpu" else max(_CHUNK, _GPU_LOGITS // vocabulary)
 
@@ -74,6 +77,7 @@ def _chunk_rows(device_type: str, vocabulary: int) -> int:
 class _Wanted(NamedTuple):
     statistics: bool
     log_sum_sq: bool
+    chunk_rows: int
 
 
 def _logits(
@@ -118,7 +122,7 @@ class _ScoreTokens(torch.autograd.Function):
             # Entropy is log Z - sum_v p_v z_v. Where z is linear in the head that sum is h . (p W),
             # and p W is needed for the gradient anyway.
             entropy_from_gradient = gradient is not None and softcap is None and bias is None
-            rows = _chunk_rows(hidden.device.type, weight.shape[0])
+            rows = wanted.chunk_rows
             for start in range(0, n, rows):
                 part = slice(start, start + rows)
                 target = targets[part, None]
@@ -154,7 +158,7 @@ class _ScoreTokens(torch.autograd.Function):
                         entropy[part] = log_z[part] - scale * expected
                     gradient[part] = (towards - pulled).mul_(scale)
         ctx.gradient_now = gradient_now
-        ctx.settings = (scale, softcap, hidden.dtype)
+        ctx.settings = (scale, softcap, hidden.dtype, wanted.chunk_rows)
         if gradient_now:
             ctx.save_for_backward(gradient)
         else:
@@ -164,7 +168,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scale, softcap, dtype = ctx.settings
+        scale, softcap, dtype, rows = ctx.settings
         none = (None,) * 4
         if ctx.gradient_now:
             (gradient,) = ctx.saved_tensors
@@ -175,7 +179,6 @@ class _ScoreTokens(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         with torch.autocast(inputs.device.type, enabled=False):
-            rows = _chunk_rows(inputs.device.type, weight.shape[0])
             for start in range(0, inputs.shape[0], rows):
                 part = slice(start, start + rows)
                 z, slope = _logits(inputs[part], weight, bias, scale, softcap)

@@ -405,7 +405,8 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _register() -> None:
+def register_attention() -> None:
+    """Make tree attention known to transformers; `choose_scoring` does it too."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -433,7 +434,7 @@ def choose_scoring(model: Any, *, compiled: bool = False) -> Scoring:
     Raises:
         ModelError: not even the model's own logits give the same twice.
     """
-    _register()
+    register_attention()
     base = base_model(model)
     add_answer_scoring(base)
     training, device = model.training, next(base.parameters()).device

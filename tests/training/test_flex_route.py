@@ -171,7 +171,7 @@ def test_no_mask_is_made_for_a_tree_batch(monkeypatch):
     )
     model = tiny("llama")
     scoring = choose_scoring(model)
-    tree_model._register()  # with the counting function
+    tree_model.register_attention()  # with the counting function
     made.clear()
     try:
         with torch.no_grad(), tree_attention(model, scoring):
@@ -182,7 +182,7 @@ def test_no_mask_is_made_for_a_tree_batch(monkeypatch):
             assert made
     finally:
         monkeypatch.undo()
-        tree_model._register()
+        tree_model.register_attention()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -260,7 +260,7 @@ def test_under_autocast_fused_lora_keeps_fewer_bytes_for_the_backward_pass():
 
 
 def test_a_chunk_of_logits_is_as_large_as_a_gpu_needs_and_no_larger(monkeypatch):
-    rows = prefopt.logprobs._chunk_rows
+    rows = prefopt.logprobs.head_chunk_rows
     assert rows("cpu", 128256) == 128
     assert 1000 < rows("cuda", 128256) < 1100
     assert rows("cuda", 2**30) == 128
