@@ -50,7 +50,7 @@ class ClassicConfig:
         model: the base model: "demo", a folder, or a Hub id.
         preferences: a file or Hub dataset with preferences of your own, as `load_preferences` takes
             them; None samples answers to the prompts and has the judge compare them.
-        replay: general data to mix into SFT, as `load_demonstrations` takes it.
+        replay: general data to mix into SFT, as `load_general` takes it.
         judge: "rules:house_style", "anthropic:<model>", "openai:<model>@<base_url>",
             "local:<model>", "scripted:shortest". It labels, and it compares for the report.
         rubric: what better means: "house_style", "helpful", or a text file.
@@ -142,7 +142,8 @@ def run_classic_flow(
         DataError, ModelError, JudgeError, TrainingError: see the stage that raised it.
         RunError: the folder holds another run, is in use, or was changed from outside.
     """
-    from prefopt.data.demonstrations import Demonstration, demonstrations, load_demonstrations
+    from prefopt.data.demonstrations import Demonstration, demonstrations
+    from prefopt.data.general import load_general
     from prefopt.data.preference_data import load_preferences
     from prefopt.data.preflight import preflight
     from prefopt.data.prompts import load_prompts, plain_texts, split_by_prompt
@@ -176,7 +177,7 @@ def run_classic_flow(
     share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
     train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
     own = None if config.preferences is None else load_preferences(config.preferences)
-    replay = None if config.replay is None else load_demonstrations(config.replay)
+    replay = None if config.replay is None else load_general(config.replay, held_out=held_out)
     resolve_device(config.device)
     weights = model_fingerprint(config.model)
 

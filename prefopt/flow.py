@@ -108,6 +108,7 @@ def run_flow(
         RunError: the folder holds another run, is in use, or was changed from outside.
     """
     from prefopt.data.dataset_card import dataset_card
+    from prefopt.data.general import OWN_ANSWERS, load_general
     from prefopt.data.preference_data import save_preferences
     from prefopt.data.preflight import preflight
     from prefopt.data.prompts import load_prompts, split_by_prompt
@@ -137,6 +138,9 @@ def run_flow(
     prompts = load_prompts(config.prompts)
     share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
     train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
+    general: Any = config.dpo.replay  # a name, or the rows that it names
+    if general is not None and general != OWN_ANSWERS:
+        general = load_general(general, held_out=held_out)
     resolve_device(config.device)
     weights = model_fingerprint(config.model)
 
@@ -179,11 +183,12 @@ def run_flow(
         )
         checked.raise_for_errors()
 
-        dpo = replace(config.dpo, seed=config.seed)
+        dpo = replace(config.dpo, seed=config.seed, replay=None)
         adapter_needs = {
             "model": weights,
             "preferences": run.sha256_of("preferences"),
             "dpo": dpo,
+            "replay": general,
             "lora": config.lora,
         }
         base.forget()  # training attaches an adapter to a model of its own
@@ -191,7 +196,7 @@ def run_flow(
             "adapter",
             "adapter",
             lambda folder: train_dpo(
-                groups, config.model, folder, settings=dpo, lora=config.lora,
+                groups, config.model, folder, replay=general, settings=dpo, lora=config.lora,
                 device=config.device, checkpoints=run.folder / ".partial" / "checkpoints",
                 progress=progress,
             ),

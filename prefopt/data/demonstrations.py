@@ -18,7 +18,7 @@ import msgspec
 
 from prefopt.data.prompts import messages_from, prompt_from
 from prefopt.data.rows import Source, read_rows
-from prefopt.types import PreferenceGroup, Prompt, content_hash
+from prefopt.types import Candidate, PreferenceGroup, Prompt, content_hash
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ NoDemonstration = Literal[
 """
 
 _SCHEMA = "prefopt.demonstration/1"
+_CANDIDATE_SCHEMA = "prefopt.candidate/1"
 _ANSWER_COLUMNS = ("completion", "response", "answer", "output")
 
 
@@ -175,7 +176,8 @@ def load_demonstrations(source: Source, *, split: str = "train") -> list[Demonst
     A row is a text or an object with `text` (plain text, of which every token is learned); with
     `messages` that end with the assistant's (the last message is learned); with `prompt` (text or
     messages) and `completion`, `response`, `answer` or `output` (text, or one assistant message); or
-    a record of this library. Answers count as complete.
+    a record of this library: a demonstration, or an answer that a model gave (`candidates.jsonl`).
+    Answers count as complete, but for those of a model that were cut off.
 
     Args:
         source: a .jsonl, .json, .parquet or .txt file (a text a line), a Hub dataset id, a
@@ -201,6 +203,8 @@ def load_demonstrations(source: Source, *, split: str = "train") -> list[Demonst
 def _from_row(value: Any, source: str) -> Demonstration:
     if isinstance(value, Demonstration):
         return value
+    if isinstance(value, Candidate):
+        return _of_a_model(value, source)
     if isinstance(value, str):
         return _plain(value, source)
     if not isinstance(value, Mapping):
@@ -208,6 +212,8 @@ def _from_row(value: Any, source: str) -> Demonstration:
     row = {key: item for key, item in value.items() if item is not None}
     if row.get("schema") == _SCHEMA:
         return msgspec.convert(dict(value), Demonstration)
+    if row.get("schema") == _CANDIDATE_SCHEMA:
+        return _of_a_model(msgspec.convert(dict(value), Candidate), source)
     answers = [name for name in _ANSWER_COLUMNS if name in row]
     if "prompt" in row and answers:
         if len(answers) > 1:
@@ -242,6 +248,17 @@ def _answer(prompt: Prompt, answer: Any, source: str) -> Demonstration:
     return Demonstration(prompt=prompt, text=answer, source=source)
 
 
+def _of_a_model(answer: Candidate, source: str) -> Demonstration:
+    if not answer.text.strip():
+        raise ValueError("the answer has no text.")
+    return Demonstration(
+        prompt=answer.prompt,
+        text=answer.text,
+        complete=answer.finish_reason != "length",
+        source=f"{source}: answer {answer.sample_index} by {answer.model}",
+    )
+
+
 def mix_replay(
     rows: Sequence[Demonstration], general: Sequence[Demonstration], *, share: float, seed: int
 ) -> list[Demonstration]:
@@ -268,11 +285,23 @@ def mix_replay(
         raise ValueError(f"a share of {share:g} of general data was asked for, but there is none.")
     if not wanted:
         return list(rows)
-    order = sorted(general, key=lambda row: content_hash([seed, msgspec.to_builtins(row)]))
-    passes, rest = divmod(wanted, len(order))
-    if passes:
+    if wanted > len(general):
         logger.warning(
             "%d general rows were asked for and there are %d, so rows are repeated. Give more, or "
-            "lower the share.", wanted, len(order),
+            "lower the share.", wanted, len(general),
         )  # fmt: skip
-    return [*rows, *(order * passes), *order[:rest]]
+    return [*rows, *draw_general(general, wanted, seed=seed)]
+
+
+def draw_general(general: Sequence[Demonstration], n: int, *, seed: int) -> list[Demonstration]:
+    """Draw n rows in an order that depends on the seed and not on the order of `general`.
+
+    Without replacement; of more rows than there are, each is taken equally often first.
+    """
+
+    def place(row: Demonstration) -> str:
+        return content_hash([seed, row.prompt and row.prompt.prompt_id, row.text])
+
+    order = sorted(general, key=place)
+    passes, rest = divmod(n, len(order))
+    return [*(order * passes), *order[:rest]]

@@ -22,7 +22,10 @@ from prefopt.types import Message, Prompt, content_hash
 logger = logging.getLogger(__name__)
 
 EVERYDAY = "everyday"
-"""The name of the built-in prompts."""
+"""The name of the built-in requests of daily life, which quickstart and examples answer."""
+
+GENERAL = "general"
+"""The name of the built-in prompts about all sorts of skills, none of which is in "everyday"."""
 
 _HERE = Path(__file__).parent
 _PROMPT_SCHEMA = "prefopt.prompt/1"
@@ -37,8 +40,8 @@ def load_prompts(source: Source, *, split: str = "train", limit: int | None = No
     prompt are left out and named in a warning.
 
     Args:
-        source: "everyday" for the built-in prompts; a .jsonl, .json, .parquet or .txt file (one
-            prompt a line; blank lines separate); a Hub dataset id; a `datasets.Dataset`; or a
+        source: "everyday" or "general" for built-in prompts; a .jsonl, .json, .parquet or .txt file
+            (one prompt a line; blank lines separate); a Hub dataset id; a `datasets.Dataset`; or a
             sequence of rows.
         split: the split of a Hub dataset.
         limit: how many distinct prompts to return, from the first. None for all.
@@ -49,8 +52,8 @@ def load_prompts(source: Source, *, split: str = "train", limit: int | None = No
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, or None for all prompts, got {limit}.")
-    if isinstance(source, str) and source == EVERYDAY:
-        source = _HERE / "everyday_prompts.jsonl"
+    if isinstance(source, str) and source in (EVERYDAY, GENERAL):
+        source = _HERE / f"{source}_prompts.jsonl"
     table = read_rows(source, split=split)
     _require_prompt_column(table.name, table.columns(), [row.value for row in table.rows])
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import msgspec
 
 from prefopt.chat import tokenize_preference
+from prefopt.data.rows import Source
 from prefopt.errors import DataError, ModelError
 from prefopt.models import (
     Device,
@@ -33,6 +34,7 @@ from prefopt.models import (
 )
 from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
 from prefopt.training.health import HealthNote, TrainingPoint, diagnose, training_points
+from prefopt.training.token_rows import TokenRow
 from prefopt.types import PreferenceGroup
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,13 @@ class DPOSettings:
             ("robust"), or nothing ("ignore").
         ld_alpha: LD-DPO (Liu et al. 2024, arXiv:2409.06411): weight in [0, 1] of the tokens by which
             the longer answer of a pair exceeds the shorter; None is ordinary DPO, as is 1.
+        replay: general data against forgetting: a file or Hub id of texts, answers to prompts or
+            conversations (see `prefopt.data.general.load_general`), or "own_answers" for what the
+            model itself answers to built-in prompts before it is trained. None replays nothing.
+        replay_share: the share of general rows among all rows of a step, in (0, 1), where there is
+            general data: the nearest whole number of rows, and at least one.
+        replay_weight: of their mean negative log-likelihood a token beside the loss of the pairs; 0
+            is no replay.
         warmup: share of the steps over which the rate rises from 0.
         schedule: how the rate falls after that.
         weight_decay: of AdamW.
@@ -88,6 +97,9 @@ class DPOSettings:
     label_smoothing: float = 0.0
     soft_labels: Literal["expected", "geometric", "robust", "ignore"] = "expected"
     ld_alpha: float | None = None
+    replay: str | None = None
+    replay_share: float = 0.1
+    replay_weight: float = 1.0
     warmup: float = 0.1
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     weight_decay: float = 0.0
@@ -118,6 +130,12 @@ class DPOSettings:
             )
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
             problems.append(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
+        if not 0.0 < self.replay_share < 1.0:
+            problems.append(f"replay_share must be in (0, 1), got {self.replay_share}")
+        if not 0.0 <= self.replay_weight < math.inf:
+            problems.append(
+                f"replay_weight must be finite and not negative, got {self.replay_weight}"
+            )
         if not 0.0 <= self.warmup < 1.0:
             problems.append(f"warmup must be a share in [0, 1), got {self.warmup}")
         if problems:
@@ -125,7 +143,11 @@ class DPOSettings:
 
 
 class DPOResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished training: where the adapter is and what the log says."""
+    """A finished training: where the adapter is and what the log says.
+
+    `n_replay` is how many general rows there were to replay, and `n_replay_cut` how many of them were
+    cut at `max_length`.
+    """
 
     adapter: Path
     reference: str
@@ -134,6 +156,8 @@ class DPOResult(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: float
     points: tuple[TrainingPoint, ...]
     health: tuple[HealthNote, ...]
+    n_replay: int = 0
+    n_replay_cut: int = 0
 
 
 def default_learning_rate(n_parameters: int) -> float:
@@ -149,6 +173,7 @@ def train_dpo(
     model: str | LanguageModel,
     out: str | Path,
     *,
+    replay: Source | None = None,
     settings: DPOSettings | None = None,
     lora: LoRASettings | None = None,
     device: Device = "auto",
@@ -165,6 +190,7 @@ def train_dpo(
         groups: preferences, as `build_preferences` or `load_preferences` return them.
         model: a name, or a loaded model (which gets the adapter attached).
         out: folder for the adapter, its model card and `training_log.jsonl`.
+        replay: general data that no name in `settings.replay` can say, such as rows.
         settings: see `DPOSettings`.
         lora: see `LoRASettings`.
         device: where to train when `model` is a name.
@@ -174,11 +200,16 @@ def train_dpo(
         progress: show a bar with pairs a second, loss and time left.
 
     Raises:
-        DataError: no pairs, or pairs with nothing to learn from.
+        DataError: no pairs, pairs or general rows with nothing to learn from, or general rows on which
+            forgetting is measured.
+        ValueError: general data in both places.
         TrainingError: policy and reference differ at step 0, or the loss is no longer finite.
         ModelError: the model, adapter or device cannot be used.
     """
     settings, lora, out = settings or DPOSettings(), lora or LoRASettings(), Path(out)
+    if replay is not None and settings.replay is not None:
+        raise ValueError("general data is given twice, as replay and as settings.replay.")
+    replay = settings.replay if replay is None else replay
     checkpoint_dir = Path(checkpoints) if checkpoints else out.with_name(out.name + ".checkpoints")
     if lora.continue_from is None:
         reference = "the base model (adapter off)"
@@ -196,18 +227,23 @@ def train_dpo(
             model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True
         )
     rows = _tokenized_rows(groups, loaded.tokenizer, settings.max_length)
+    own_answers = out.with_name(out.name + ".own_answers")
+    general = _general_rows(replay, loaded, len(rows), settings, own_answers, progress)
     claim_checkpoints(
         checkpoint_dir,
         [
             model_fingerprint(loaded.base),
             rows,
+            general,
             msgspec.to_builtins(settings),
             msgspec.to_builtins(lora),
             lora.continue_from and adapter_fingerprint(lora.continue_from),
         ],
     )
-    trainer = _make_trainer(loaded, rows, settings, lora, checkpoint_dir, progress)
-    logger.info("the DPO reference is %s; %d pairs", reference, len(rows))
+    trainer = _make_trainer(loaded, rows, general, settings, lora, checkpoint_dir, progress)
+    logger.info(
+        "the DPO reference is %s; %d pairs, %d general rows", reference, len(rows), len(general)
+    )
 
     resume = last_whole_checkpoint(checkpoint_dir)
     if resume is not None:
@@ -230,9 +266,12 @@ def train_dpo(
         learning_rate=trainer.args.learning_rate,
         points=points,
         health=health,
+        n_replay=len(general),
+        n_replay_cut=sum(row.is_cut for row in general),
     )
     _save(trainer.model, loaded, result, settings, lora)
     shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    own_answers.unlink(missing_ok=True)
     return result
 
 
@@ -277,9 +316,32 @@ def _tokenized_rows(
     return rows
 
 
+def _general_rows(
+    source: Source | None,
+    loaded: LanguageModel,
+    n_pairs: int,
+    settings: DPOSettings,
+    partial: Path,
+    progress: bool,
+) -> list[TokenRow]:
+    """The general rows of the whole training, or none."""
+    from prefopt.training.replay import general_source, replay_rows, rows_per_step
+
+    if source is None or settings.replay_weight == 0:
+        return []
+    steps = math.ceil(settings.epochs * math.ceil(n_pairs / settings.batch_size))
+    most = steps * rows_per_step(settings.replay_share, settings.batch_size)
+    length, seed = settings.max_length, settings.seed
+    found = general_source(
+        source, loaded, most=most, max_length=length, seed=seed, partial=partial, progress=progress
+    )
+    return replay_rows(found, loaded.tokenizer, max_length=length, most=most, seed=seed)
+
+
 def _make_trainer(
     loaded: LanguageModel,
     rows: list[dict[str, Any]],
+    general: list[TokenRow],
     settings: DPOSettings,
     lora: LoRASettings,
     checkpoint_dir: Path,
@@ -300,6 +362,8 @@ def _make_trainer(
         loss_weights=settings.loss_weights,
         label_smoothing=settings.label_smoothing,
         ld_alpha=settings.ld_alpha,
+        replay_share=settings.replay_share,
+        replay_weight=settings.replay_weight,
         learning_rate=settings.learning_rate or default_learning_rate(n_parameters),
         num_train_epochs=settings.epochs,
         soft_labels=settings.soft_labels,
@@ -332,6 +396,7 @@ def _make_trainer(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=loaded.tokenizer,
         peft_config=None if is_peft else lora_config(lora),
+        replay_dataset=general or None,
     )
     ProgressBar(description="training (DPO)", show=progress).attach(trainer)
     return trainer
@@ -369,6 +434,12 @@ def _model_card(base: str, result: DPOResult, settings: DPOSettings, lora: LoRAS
         if lora.continue_from
         else f"r={lora.r}, alpha={lora.alpha:g}, targets {lora.target_modules}"
     )
+    general = "none"
+    if result.n_replay:
+        general = (
+            f"{result.n_replay} rows, {settings.replay_share:.0%} of a step, weight "
+            f"{settings.replay_weight:g}"
+        )
     return f"""---
 {base_model}library_name: peft
 pipeline_tag: text-generation
@@ -385,6 +456,7 @@ Trained with [prefopt](https://pypi.org/project/prefopt/) on {result.n_pairs} pr
 | adapter | {adapter}; {result.n_parameters_trained:,} parameters |
 | learning rate | {result.learning_rate:g}, {settings.schedule}, warm-up {settings.warmup:g} |
 | batch | {settings.batch_size} pairs, {settings.epochs:g} epoch(s), {last.step} steps |
+| general data | {general} |
 | seed | {settings.seed} |
 
 Last logged step: loss {last.loss:.4f}, margin {last.margin:.3f}, accuracy {last.accuracy:.2f}.

@@ -6,6 +6,7 @@ data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -44,6 +45,10 @@ class DPOConfig(trl.DPOConfig):
         rao_kupper_nu: how likely ties are in the `rao_kupper` loss.
         davidson_nu: how likely ties are in the `davidson` loss.
         infonca_temperature: of the scores in the `infonca` and `nca` losses.
+        replay_share: the share of general rows among all rows of a step, in (0, 1), where the trainer
+            is given a `replay_dataset`; the nearest whole number of rows, and at least one.
+        replay_weight: of their mean negative log-likelihood a token beside the loss of the pairs; 0
+            is no replay.
     """
 
     micro_batch_tokens: int | None = field(
@@ -85,6 +90,12 @@ class DPOConfig(trl.DPOConfig):
     infonca_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the scores in infonca and nca."}
     )
+    replay_share: float = field(
+        default=0.1, metadata={"help": "Share of general rows in a step, with a replay_dataset."}
+    )
+    replay_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the general rows' NLL beside the loss."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +108,12 @@ class DPOConfig(trl.DPOConfig):
             problems.append(f"max_length must be at least 2, got {self.max_length}")
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
             problems.append(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
+        if not 0.0 < self.replay_share < 1.0:
+            problems.append(f"replay_share must be in (0, 1), got {self.replay_share}")
+        if not 0.0 <= self.replay_weight < math.inf:
+            problems.append(
+                f"replay_weight must be finite and not negative, got {self.replay_weight}"
+            )
         try:
             self._check_losses()
         except ValueError as error:

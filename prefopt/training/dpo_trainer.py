@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ from prefopt.training.reference import (
     ReferenceScorer,
     weights_fingerprint,
 )
+from prefopt.training.replay import (
+    ReplayBatch,
+    ReplayStream,
+    replay_batches,
+    replay_rows,
+    rows_per_step,
+)
 from prefopt.training.tree_model import (
     AnswerScores,
     choose_scoring,
@@ -94,6 +102,8 @@ class DPOTrainer(TreeTrainer):
         optimizers: as for `transformers.Trainer`.
         quantization_config: for a model given by name.
         peft_config: adapter to train.
+        replay_dataset: general data against forgetting, as `prefopt.data.general.load_general` reads
+            it: each step adds the mean NLL a token of `args.replay_share` rows of it, weighted.
 
     Raises:
         ValueError: settings that exclude each other; said before anything is loaded.
@@ -117,6 +127,7 @@ class DPOTrainer(TreeTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        replay_dataset: Any = None,
     ) -> None:
         args = own_config(args, model)
         check_arguments(model, ref_model, args, train_dataset, peft_config)
@@ -132,6 +143,7 @@ class DPOTrainer(TreeTrainer):
             logger.warning("model_init_kwargs are not used: the model is loaded already")
         tokenizer = text_tokenizer(processing_class, model, args, revision)
         self._refuse_images(train_dataset)
+        self._replay = self._replay_stream(replay_dataset, tokenizer, train_dataset, args)
         for config in (model.config.get_text_config(), model.generation_config):
             if config is not None:
                 config.pad_token_id = tokenizer.pad_token_id
@@ -187,6 +199,24 @@ class DPOTrainer(TreeTrainer):
                 "the dataset is vision-related (it has an image column), and this trainer takes "
                 "text only. Train a vision-language model with trl.DPOTrainer."
             )
+
+    @staticmethod
+    def _replay_stream(
+        source: Any, tokenizer: Any, train_dataset: Any, args: DPOConfig
+    ) -> ReplayStream | None:
+        if source is None or args.replay_weight == 0:
+            return None
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        per_step = rows_per_step(args.replay_share, batch)
+        most = None
+        if isinstance(train_dataset, datasets.Dataset) or args.max_steps > 0:
+            steps = args.max_steps
+            if steps <= 0:
+                steps = math.ceil(args.num_train_epochs * math.ceil(len(train_dataset) / batch))
+            most = steps * per_step
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rows = replay_rows(source, tokenizer, max_length=args.max_length, most=most, seed=seed)
+        return ReplayStream(rows, per_step, seed)
 
     @staticmethod
     def _needs_copy(kind: str, args: Any) -> bool:
@@ -291,6 +321,28 @@ class DPOTrainer(TreeTrainer):
 
     # --- Loss ------------------------------------------------------------------------------------
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[PlannedBatch], None]:
+        """As `TreeTrainer`'s, with the general rows of the step in its first call."""
+        planned, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._replay is None or not planned:
+            return planned, None
+        rows = self._replay.at(self.state.global_step)
+        first, process = planned[0], self.accelerator.process_index
+        batches = replay_batches(
+            rows, self._budget, process=process, n_processes=self.accelerator.num_processes
+        )
+        n_tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
+        # Before the pairs: with the last micro-batch of a step processes add up their gradients, and
+        # every process has one with pairs.
+        planned[0] = replace(
+            first,
+            micro_batches=(*batches, *first.micro_batches),
+            n_tokens=first.n_tokens + n_tokens,
+        )
+        return planned, None
+
     def training_step(
         self, model: Any, inputs: PlannedBatch, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -305,6 +357,8 @@ class DPOTrainer(TreeTrainer):
         self, model: Any, micro_batch: MicroBatch, step: PlannedBatch, mode: str
     ) -> Tensor:
         """The micro-batch's share of the step's mean loss."""
+        if isinstance(micro_batch, ReplayBatch):
+            return self._replay_loss(model, micro_batch)
         args, device = self.args, self.args.device
         batch = self.scoring.batch(micro_batch.trees, self._pad_token_id).to(device)
         reference = torch.zeros(batch.targets.shape, device=device)
@@ -333,6 +387,25 @@ class DPOTrainer(TreeTrainer):
         with torch.no_grad():
             self._measure(mode, compared, answers, pairs, scores, loss * step.n_rows)
         return loss
+
+    def _replay_loss(self, model: Any, general: ReplayBatch) -> Tensor:
+        """The share of general rows in the step's weighted mean NLL a token.
+
+        A mixture of experts is balanced over the pairs alone.
+        """
+        batch = self.scoring.batch(general.trees, self._pad_token_id).to(self.args.device)
+        nll = -score_answers(model, batch, self.scoring).tokens.logprobs
+        if not bool(torch.isfinite(nll.detach()).all()):
+            bad = batch.answer_of[~torch.isfinite(nll.detach())].unique().tolist()
+            texts = [self._text_processor.decode(general.trees[i].answers[0][:20]) for i in bad[:3]]
+            raise TrainingError(
+                f"the loss of {len(bad)} general rows is not finite at step "
+                f"{self.state.global_step + 1}; the weights are as they were after step "
+                f"{self.state.global_step}. Lower the learning rate, or train in float32. The rows "
+                f"begin with {', '.join(repr(text) for text in texts)}."
+            )
+        self._averages["train"].add("replay/nll", nll.detach(), torch.ones_like(nll))
+        return self.args.replay_weight * nll.sum() / general.n_learned
 
     def _compared(
         self, answers: _Answers, reference: Tensor, pairs: _Pairs, mean_chosen_length: float

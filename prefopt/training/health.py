@@ -21,6 +21,8 @@ _CHOSEN_FALL = 0.10
 _MARGIN_EXPLODED = 20.0
 # Share of its early value to which the entropy of the answers' tokens may fall.
 _ENTROPY_LEFT = 0.5
+# Share of its early value by which the cost of general rows may rise.
+_NLL_RISE = 0.05
 # Below this a gradient norm is what rounding leaves of a gradient of 0 (about 2e-7 in float32).
 _NO_GRADIENT = 1e-6
 # How many times its earlier median a gradient norm may be.
@@ -34,8 +36,9 @@ _ACCURACY_LOST, _LOSS_GAINED = 0.02, 0.02
 class TrainingPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One logged training step. Rewards are implicit: beta * (logp - reference logp), in nats.
 
-    `entropy` is the mean of the policy's next-token entropies over the answers' tokens, in nats. What
-    a trainer did not log is None, or NaN where a number is needed; no check reads it as a zero.
+    `entropy` is the mean of the policy's next-token entropies over the answers' tokens, in nats, and
+    `replay_nll` what a token of replayed general rows costs it. What a trainer did not log is None, or
+    NaN where a number is needed; no check reads it as a zero.
     """
 
     step: int
@@ -50,6 +53,7 @@ class TrainingPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     learning_rate: float
     grad_norm: float | None
     entropy: float | None = None
+    replay_nll: float | None = None
 
 
 class EvaluationPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,6 +97,7 @@ def training_points(log_history: Iterable[Mapping[str, Any]]) -> tuple[TrainingP
             learning_rate=number(entry, "learning_rate"),
             grad_norm=_optional(entry, "grad_norm"),
             entropy=_optional(entry, "entropy"),
+            replay_nll=_optional(entry, "replay/nll"),
         )
         for entry in log_history
         if "loss" in entry
@@ -158,6 +163,7 @@ def diagnose(
         _lengths(words_chosen, words_rejected),
         _gradient(points),
         _entropy(points),
+        _forgetting(points),
         _overfitting(points, evaluations),
         # A margin that went nowhere is told once.
         _stalled(points) if margins is None or margins.level == "ok" else None,
@@ -190,7 +196,7 @@ def findings_so_far(
     broken = _not_finite(points)
     if broken is not None:
         return (broken,)
-    notes = [_gradient(points), _overfitting(points, evaluations)]
+    notes = [_gradient(points), _forgetting(points), _overfitting(points, evaluations)]
     if len(points) >= 10:
         notes += [_chosen_falling(points, beta), _exploded(points), _entropy(points)]
     if len(points) >= 15:
@@ -427,6 +433,26 @@ def _entropy(points: Sequence[TrainingPoint]) -> HealthNote | None:
         message=f"The model grows sure of itself: the entropy of its next token fell from "
         f"{before:.2f} to {now:.2f} nats. Its answers will vary less and may repeat themselves; "
         "look at sampled ones. Raise beta, lower the learning rate, or stop earlier.",
+    )
+
+
+def _forgetting(points: Sequence[TrainingPoint]) -> HealthNote | None:
+    """General rows that cost more at the end than in the beginning, by more than their noise."""
+    known = [p.replay_nll for p in points if p.replay_nll is not None]
+    if len(known) < 10:
+        return None
+    part = max(3, len(known) // 5)
+    before, now = known[:part], known[-part:]
+    noise = math.hypot(_standard_error(before), _standard_error(now))
+    risen = _mean(now) - _mean(before)
+    if not risen > max(2 * noise, _NLL_RISE * _mean(before)):
+        return None
+    return HealthNote(
+        level="warning",
+        check="forgetting",
+        message=f"The model forgets: a token of the replayed general rows cost it {_mean(before):.2f} "
+        f"nats in the beginning and {_mean(now):.2f} at the end. Lower the learning rate, raise "
+        "replay_weight or replay_share, or train for fewer steps.",
     )
 
 

@@ -16,12 +16,12 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 
-from prefopt.chat import tokenize_answer, tokenize_text
 from prefopt.data.demonstrations import Demonstration, load_demonstrations, mix_replay
+from prefopt.data.general import refuse_measured
 from prefopt.data.rows import Source
 from prefopt.errors import DataError, ModelError
 from prefopt.models import (
@@ -36,6 +36,7 @@ from prefopt.models import (
 )
 from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
 from prefopt.training.health import HealthNote, diagnose, training_points
+from prefopt.training.token_rows import TokenRow, tokenize_demonstrations
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +114,6 @@ class SFTSettings:
             raise ValueError("SFT settings: " + "; ".join(problems) + ".")
 
 
-class TokenRow(NamedTuple):
-    """A row as it is trained on: what is read, what is learned, and whether it was cut."""
-
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    is_cut: bool
-
-
 class SFTPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One logged step: loss and entropy in nats a learned token, `accuracy` the share foreseen."""
 
@@ -191,7 +184,8 @@ def train_sft(
         progress: show a bar with rows a second, loss and time left.
 
     Raises:
-        DataError: no rows, or rows with nothing to learn; all are listed.
+        DataError: no rows, rows with nothing to learn, or general rows that hold what forgetting is
+            measured on; all are listed.
         TrainingError: the loss is no longer finite.
         ModelError: the model, adapter or device cannot be used.
         ValueError: settings that exclude each other.
@@ -206,9 +200,10 @@ def train_sft(
     if replay is not None:
         share, seed = settings.replay_share, settings.seed
         mixed = mix_replay(rows, load_demonstrations(replay), share=share, seed=seed)
+        refuse_measured(mixed[len(rows) :])
     lora = lora or LoRASettings()
     loaded = _load(model, settings, lora, device, dtype)
-    tokenized = _tokenized(mixed, loaded.tokenizer, settings.max_length)
+    tokenized = tokenize_demonstrations(mixed, loaded.tokenizer, max_length=settings.max_length)
     claim_checkpoints(
         checkpoint_dir,
         [
@@ -316,34 +311,6 @@ def _load(
     if settings.tune == "full" and dtype == "auto":
         dtype = "float32"  # AdamW's steps are smaller than what bfloat16 weights can take
     return load_model(model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True)
-
-
-def _tokenized(rows: Sequence[Demonstration], tokenizer: Any, max_length: int) -> list[TokenRow]:
-    found: list[TokenRow] = []
-    problems: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            if row.prompt is None:
-                ids = tokenize_text(tokenizer, row.text)
-            else:
-                ids = tokenize_answer(tokenizer, row.prompt, row.text, complete=row.complete)
-        except DataError as error:
-            problems.append(f"row {number} ({row.title!r}; {row.source}): {error}")
-            continue
-        room = max_length - len(ids.prompt_ids)
-        if room < 1 or not ids.answer_ids:
-            problem = (
-                f"the prompt alone has {len(ids.prompt_ids)} tokens" if room < 1 else "no answer"
-            )
-            problems.append(f"row {number} ({row.title!r}; {row.source}): {problem}")
-        found.append(TokenRow(ids.prompt_ids, ids.answer_ids[:room], len(ids.answer_ids) > room))
-    if problems:
-        raise DataError(
-            f"{len(problems)} row(s) have nothing to learn at max_length={max_length}. Raise "
-            "max_length or leave them out.",
-            problems,
-        )
-    return found
 
 
 def _make_trainer(

@@ -16,7 +16,7 @@ from prefopt.training.tree_model import base_model, choose_scoring, score_answer
 from prefopt.trees import AnswerTree, split_by_tokens
 
 if TYPE_CHECKING:
-    from prefopt.training.sft import TokenRow
+    from prefopt.training.token_rows import TokenRow
 
 _NOT_LEARNED = -100  # TRL's label of a token without loss
 _MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}

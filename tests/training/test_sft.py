@@ -26,6 +26,7 @@ from prefopt.training.sft import (
     train_sft,
 )
 from prefopt.training.sft_trainer import SFTTrainer, token_columns
+from prefopt.training.token_rows import tokenize_demonstrations
 from prefopt.types import Prompt
 from tests.tiny_models import TEMPLATES, save_tiny_model, tiny_tokenizer
 
@@ -63,7 +64,7 @@ def assert_same_weights(one, two):
 def learned_text(template, row):
     """What the labels of a row spell: the tokens that are learned."""
     tokenizer = tiny_tokenizer(template)
-    (found,) = module._tokenized([row], tokenizer, 256)
+    (found,) = tokenize_demonstrations([row], tokenizer, max_length=256)
     columns = token_columns(found)
     kept = [label for label in columns["labels"] if label != -100]
     assert columns["input_ids"][-len(kept) :] == kept
@@ -92,7 +93,7 @@ def replace_text(row, **changes):
 def test_of_plain_text_everything_but_the_first_token_is_learned(template):
     tokenizer = tiny_tokenizer(template)
     row = Demonstration(prompt=None, text="The sky is blue.", complete=False, source="test")
-    (found,) = module._tokenized([row], tokenizer, 256)
+    (found,) = tokenize_demonstrations([row], tokenizer, max_length=256)
     assert len(found.prompt_ids) == 1
     assert tokenizer.decode(found.prompt_ids + found.answer_ids).endswith("The sky is blue.")
     has_bos = template == "plain"  # the one tokenizer that puts BOS in front by itself
@@ -104,7 +105,7 @@ def test_the_loss_is_that_of_the_answers_tokens_by_the_models_own_logits(tiny_mo
     result = train(tiny_model, tmp_path / "out", rows, replace(SETTINGS, epochs=1, warmup=0.5))
     loaded = load_model(tiny_model)
     losses, hits = [], []
-    for row in module._tokenized(rows, loaded.tokenizer, 128):
+    for row in tokenize_demonstrations(rows, loaded.tokenizer, max_length=128):
         n = len(row.answer_ids)
         with torch.no_grad():
             logits = loaded.model(torch.tensor([row.prompt_ids + row.answer_ids])).logits[0]
@@ -120,7 +121,9 @@ def test_the_loss_is_that_of_the_answers_tokens_by_the_models_own_logits(tiny_mo
 def test_the_gradient_is_that_of_trls_own_step(tiny_model, tmp_path):
     """On the same token ids; our own micro-batches are of one row each."""
     loaded = load_model(tiny_model)
-    rows = module._tokenized(answers(4, "Green.") + answers(2), loaded.tokenizer, 128)
+    rows = tokenize_demonstrations(
+        answers(4, "Green.") + answers(2), loaded.tokenizer, max_length=128
+    )
     gradients = []
     for ours in (True, False):
         model = load_model(tiny_model)
@@ -309,7 +312,7 @@ def test_rows_with_nothing_to_learn_are_told_all_at_once(tiny_model, tmp_path):
 
 
 def test_a_row_that_is_cut_is_counted_and_learned_without_an_end(tiny_model, tmp_path):
-    (row,) = module._tokenized(answers(1), tiny_tokenizer(), 34)
+    (row,) = tokenize_demonstrations(answers(1), tiny_tokenizer(), max_length=34)
     assert row.is_cut
     assert len(row.prompt_ids) + len(row.answer_ids) == 34
     assert row.answer_ids[-1] != tiny_tokenizer().eos_token_id
