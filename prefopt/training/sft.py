@@ -21,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from prefopt.data.demonstrations import Demonstration, load_demonstrations, mix_replay
-from prefopt.data.general import refuse_measured
+from prefopt.data.general import OWN_ANSWERS, refuse_measured
 from prefopt.data.rows import Source
 from prefopt.errors import DataError, ModelError
 from prefopt.models import (
@@ -172,7 +172,8 @@ def train_sft(
             of files.
         model: a name, or a loaded model (which is trained itself).
         out: folder for the adapter or model, its card and `training_log.jsonl`.
-        replay: general data, of the kind that shall not be forgotten, as for `load_demonstrations`;
+        replay: general data, of the kind that shall not be forgotten, as for `load_demonstrations`, or
+            "own_answers" for what the model itself answers to built-in prompts before it is trained;
             mixed in at `settings.replay_share` of all rows. None mixes nothing in.
         settings: see `SFTSettings`.
         lora: see `LoRASettings`; only with `tune="lora"`.
@@ -196,13 +197,24 @@ def train_sft(
         raise DataError("there are no demonstrations to learn from.")
     if settings.tune == "full" and lora is not None:
         raise ValueError("tune='full' trains all weights, so lora has no meaning; leave it out.")
-    mixed = list(rows)
-    if replay is not None:
-        share, seed = settings.replay_share, settings.seed
-        mixed = mix_replay(rows, load_demonstrations(replay), share=share, seed=seed)
-        refuse_measured(mixed[len(rows) :])
+    share, seed = settings.replay_share, settings.seed
+    from_itself = isinstance(replay, str) and replay == OWN_ANSWERS
+    # What lies in a file is read before a model is loaded.
+    general = [] if replay is None or from_itself else load_demonstrations(replay)
+    mixed = mix_replay(rows, general, share=share, seed=seed) if general else list(rows)
+    refuse_measured(mixed[len(rows) :])
     lora = lora or LoRASettings()
     loaded = _load(model, settings, lora, device, dtype)
+    partial = out.with_name(out.name + ".own_answers")
+    if from_itself and share:
+        from prefopt.training.replay import own_answers
+
+        most = math.ceil(len(rows) * share / (1 - share))
+        told = own_answers(
+            loaded, most=most, max_length=settings.max_length, seed=seed, partial=partial,
+            progress=progress,
+        )  # fmt: skip
+        mixed = mix_replay(rows, load_demonstrations(told), share=share, seed=seed)
     tokenized = tokenize_demonstrations(mixed, loaded.tokenizer, max_length=settings.max_length)
     claim_checkpoints(
         checkpoint_dir,
@@ -240,6 +252,7 @@ def train_sft(
     )
     _save(trainer.model, loaded, result, settings, lora)
     shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    partial.unlink(missing_ok=True)
     return result
 
 

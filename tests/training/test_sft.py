@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from prefopt.data.demonstrations import Demonstration
+from prefopt.data.prompts import plain_texts
 from prefopt.errors import DataError, ModelError, TrainingError
 from prefopt.models import LoRASettings, load_model, lora_config
 from prefopt.training import sft as module
@@ -187,6 +188,15 @@ def test_it_learns_and_the_general_rows_are_a_tenth_of_all(tiny_model, tmp_path)
     card = (result.folder / "README.md").read_text()
     assert "18 demonstrations\nand 2 rows of general data" in card
     assert [note.check for note in result.health] == ["learned"]
+
+
+def test_what_the_model_answers_itself_is_general_data_too(tiny_model, tmp_path):
+    settings = replace(SETTINGS, replay_share=0.4)
+    result = train(tiny_model, tmp_path / "out", answers(6), settings, replay="own_answers")
+    assert (result.n_demonstrations, result.n_replay) == (6, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(DataError, match="forgetting is measured"):
+        train(tiny_model, tmp_path / "other", answers(6), settings, replay=plain_texts())
 
 
 def test_a_killed_training_ends_with_the_same_weights(tiny_model, tmp_path, monkeypatch):
