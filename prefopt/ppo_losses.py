@@ -74,13 +74,3 @@ def clipped_value_losses(
     near = torch.clamp(values, old_values - clip, old_values + clip)
     bounded = (near - returns).square()
     return ValueLosses(0.5 * torch.maximum(plain, bounded), (bounded > plain).detach())
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect value, 0 a constant, below 0 worse.
-
-    NaN where all returns are the same.
-    """
-    spread = returns.var(correction=0)
-    left = (returns - values).var(correction=0)
-    return torch.where(spread > 0, 1.0 - left / spread.clamp(min=1e-30), torch.nan)

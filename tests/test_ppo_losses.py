@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prefopt.ppo_losses import clipped_policy_losses, clipped_value_losses, explained_variance
+from prefopt.ppo_losses import clipped_policy_losses, clipped_value_losses
 
 
 def tensor(*values, grad=False):
@@ -63,12 +63,3 @@ def test_the_value_loss_by_hand():
     assert gradient.tolist() == pytest.approx([0.0, -1.9, 1.5])
     free = clipped_value_losses(values, old, returns, clip=None)
     assert free.losses.tolist() == pytest.approx([0.5, 0.5 * 1.9**2, 0.5 * 1.5**2])
-
-
-def test_explained_variance():
-    returns = tensor(1.0, 2.0, 3.0)
-    assert explained_variance(returns, returns).item() == 1.0
-    assert explained_variance(returns + 5.0, returns).item() == 1.0
-    assert explained_variance(tensor(0.0, 0.0, 0.0), returns).item() == 0.0
-    assert explained_variance(-returns, returns).item() == pytest.approx(-3.0)
-    assert math.isnan(explained_variance(returns, tensor(2.0, 2.0, 2.0)).item())

@@ -47,7 +47,6 @@ from prefopt.logprobs import by_answer, sum_by_answer
 from prefopt.ppo_losses import (
     clipped_policy_losses,
     clipped_value_losses,
-    explained_variance,
 )
 from prefopt.training.answer_rewards import SampledBatch, Scores, reward_source
 from prefopt.training.callbacks import AnswerCallback, ProgressBar
@@ -439,15 +438,15 @@ class PPOTrainer(transformers.Trainer):
         for name, values in of_answers.items():
             add(name, values, ones)
         add("kl_coef", ones * self.kl_coef, ones)
-        add("objective/score_std", ones * score.double().std(correction=0), ones)
+        add("_score_square", score.double().square(), ones)
         add("objective/entropy", entropy, torch.ones_like(entropy))
         asked = ones.new_full((1,), float(n_asked))
         add("rollout/failed", 1 - score.numel() / asked, asked)
         if self.args.needs_value:
-            found = explained_variance(experience.values, experience.returns)[None]
-            n = torch.full_like(found, float(experience.values.numel()))
-            # Where all returns are the same there is nothing to explain.
-            add("value/explained_variance", found.nan_to_num(), n * found.isfinite())
+            returns = experience.returns.double()
+            for name, values in (("return", returns), ("error", returns - experience.values)):
+                add(f"_{name}", values, torch.ones_like(values))
+                add(f"_{name}_square", values.square(), torch.ones_like(values))
             add("value/mean", experience.values, torch.ones_like(experience.values))
 
     def _sample(self, rows: Sequence[PromptRow], k: int, seed: int) -> SampledBatch:
@@ -790,7 +789,7 @@ class PPOTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last call to what the loop logs."""
         if "loss" in logs:
-            logs.update(self._averages.read(self.accelerator))
+            logs.update(_with_spreads(self._averages.read(self.accelerator)))
             logs["episodes"] = float(self.n_answers)
             logs["num_tokens"] = float(self.state.num_input_tokens_seen)
         for callback in self.callback_handler.callbacks:
@@ -913,6 +912,27 @@ class _CheckpointsBetweenRollouts(transformers.TrainerCallback):
         else:
             control.should_save |= self._wanted
             self._wanted = False
+
+
+def _with_spreads(means: dict[str, float]) -> dict[str, float]:
+    """Means of squares -> spreads, which so are those of all processes' answers together.
+
+    Explained variance is 1 - Var(returns - values) / Var(returns): 1 for a perfect value, 0 for a
+    constant, below 0 for a worse one.
+    """
+    means = dict(means)
+
+    def variance(name: str, mean: float) -> float:
+        return max(means.pop(f"_{name}_square") - mean**2, 0.0)
+
+    if "_score_square" in means:
+        means["objective/score_std"] = variance("score", means["objective/scores"]) ** 0.5
+    if "_error_square" in means:
+        left = variance("error", means.pop("_error"))
+        spread = variance("return", means.pop("_return"))
+        if spread > 0:  # where all returns are the same there is nothing to explain
+            means["value/explained_variance"] = 1.0 - left / spread
+    return means
 
 
 def _empty_experience(sampled: SampledBatch, kept: Sequence[int], device: Any) -> Experience:

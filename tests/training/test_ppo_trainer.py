@@ -10,6 +10,7 @@ import torch
 from prefopt import PPOConfig, PPOTrainer, RewardModel
 from prefopt.advantages import kl_k1, kl_k3
 from prefopt.errors import DataError, TrainingError
+from prefopt.training.ppo_trainer import _with_spreads
 from prefopt.training.rollouts import SampledIds
 from tests.training.ppo_cases import (
     END,
@@ -541,3 +542,30 @@ def test_what_a_trainer_is_given_must_fit(tmp_path):
         make_trainer(tmp_path, rows=[{"text": "x"}])
     with pytest.raises(TypeError, match=r"must be a datasets\.Dataset"):
         PPOTrainer(tiny_policy(), ones, PPOConfig(str(tmp_path), max_new_tokens=4), [1, 2])
+
+
+def test_spreads_from_the_means_of_squares():
+    # Scores 0 and 2; returns 1, 2, 3 with values 1, 2, 6: errors 0, 0, -3 vary by 2, returns by 2/3.
+    found = _with_spreads(
+        {
+            "objective/scores": 1.0,
+            "_score_square": 2.0,
+            "_return": 2.0,
+            "_return_square": 14 / 3,
+            "_error": -1.0,
+            "_error_square": 3.0,
+        }
+    )
+    expected = {
+        "objective/scores": 1.0,
+        "objective/score_std": 1.0,
+        "value/explained_variance": -2.0,
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_equal_returns_have_no_explained_variance():
+    found = _with_spreads(
+        {"_return": 2.0, "_return_square": 4.0, "_error": 1.0, "_error_square": 1.0}
+    )
+    assert found == {}
