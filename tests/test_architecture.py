@@ -21,7 +21,8 @@ TEXT_SIDE = {
     "judges.concurrency", "judges.prices", "judges.wording", "evaluation.win_rate",
     "evaluation.sequential", "evaluation.logistic", "evaluation.length_control", "evaluation.style",
     "evaluation.ranking", "evaluation.human_correction",
-    "evaluation.eval_report", "evaluation.figure",
+    "evaluation.eval_report", "evaluation.figure", "evaluation.capability_report",
+    "evaluation.capability_tasks",
     "evaluation.advice", "evaluation.tuning_advice", "training.health",
     "training.reward_report", "training.ppo_health", "sampling.best_of_n", "hosted",
 }  # fmt: skip
@@ -70,7 +71,7 @@ def test_dependencies_point_one_way(path):
              "runs": 2, "models": 2, "hosted": 2,
              "judges": 3, "sampling": 3, "training": 3, "testing": 3,
              "evaluation": 4, "label_job": 4, "flow_stages": 4, "flow": 5,
-             "classic_flow": 5, "cli": 6}  # fmt: skip
+             "classic_flow": 5, "forgetting_flow": 5, "cli": 6}  # fmt: skip
     ranks |= dict.fromkeys(MATH_SIDE, 0)
     # Counting wins needs the types only, so that training may report a win rate too.
     ranks["evaluation.win_rate"] = 1
