@@ -39,7 +39,8 @@ class TaskChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         n_worse, n_better: items that the tuned model answered worse, and better.
         verdict: "dropped" or "gained" where p_value is at most the report's alpha.
         resolvable: the smallest worsening that this many items would show with 80 % power; None
-            where none would, or where the items say nothing about how scores vary.
+            where none would, be it for few items or for a base that has less to lose, and where the
+            items say nothing about how scores vary.
     """
 
     task: str
@@ -212,6 +213,9 @@ def compare_items(
         p_value = mcnemar_p(n_worse, n_better)
         low, high = paired_share_interval(n_up, n_down, len(base))
         resolvable = resolvable_share(n_worse, n_better, len(base), alpha=alpha / n_tasks)
+        to_lose = base.mean() if higher_is_better else 1 - base.mean()
+        if resolvable is not None and resolvable > to_lose:
+            resolvable = None
     else:
         p_value = sign_flip_p(differences, seed=seed)
         low, high = _student_interval(differences)
@@ -410,6 +414,6 @@ def _signed(task: TaskChange, value: float) -> str:
 
 def _not_shown(task: TaskChange) -> str:
     if task.resolvable is None:
-        return "no change shown (too few items to show any)"
+        return "no change shown (could not show any)"
     size = f"{100 * task.resolvable:.0f} points" if task.is_share else f"{task.resolvable:.2g}"
     return f"no change shown (could show {size})"
