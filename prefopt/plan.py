@@ -1,0 +1,823 @@
+"""A configuration -> the memory and time it will take, before it is run.
+
+    plan_training(PlanConfig(model="Qwen/Qwen3-8B", gpus="8xH100-80GB", strategy="fsdp2"))
+
+The step's tensors are counted by `prefopt.plan_memory`, operations by `prefopt.plan_time`. This module
+adds what is no tensor of the step, shares it out over the devices, and says what to change where it
+does not fit. Nothing of a model but its `config.json` is read.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from prefopt.errors import DataError, ModelError
+from prefopt.models import LoRASettings, resolve_model_path
+from prefopt.plan_hardware import Devices, parse_devices
+from prefopt.plan_model import ModelFacts, ModelShape, count_model, read_config
+
+if TYPE_CHECKING:
+    from prefopt.plan_memory import Pass, StepMemory, StepSettings
+    from prefopt.plan_time import Rates, RowSize
+
+Method = Literal["dpo", "sft", "reward", "ppo"]
+Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
+
+# Bytes of optimiser states for each trained parameter: two moments in float32 (Kingma & Ba 2015), or
+# in 8 bits with a scale for each 256 (Dettmers et al. 2022, arXiv:2110.02861); paged ones lie in the
+# host.
+_STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0, "sgd": 0.0}
+# NF4: half a byte and a float32 for each 64 weights, or that in 8 bits (Dettmers et al. 2023,
+# arXiv:2305.14314, section 3).
+_QUANTISED_BYTES = {"4bit": 0.5 + 4 / 64, "4bit_double": 0.5 + 1 / 64 + 4 / (64 * 256)}
+_MICRO_BATCH_TOKENS = {False: 512, True: 16384}  # on a CPU, on a GPU: the trainers' defaults
+_GENERATED_AT_ONCE = 256  # answers, as the rollout engine does
+
+# What a process holds beside tensors. CUDA: context, cuBLAS workspaces and compiled kernels. CPU:
+# Python with torch and transformers, before a model is loaded.
+_RUNTIME_BYTES = {True: 0.9e9, False: 0.75e9}
+_FRAGMENTATION = 0.05  # of what is allocated and freed during a step
+_SAMPLE = 2000  # prompts of a file that are tokenized
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is planned. Options have the names that training has.
+
+    Args:
+        model: "demo", a folder, or a Hub id; of its files only config.json is read.
+        shape: a model that has no configuration yet, by its size: --shape.params 8B. Takes the place
+            of `model`.
+        method: dpo, sft, reward or ppo.
+        tune: "lora" trains an adapter, "full" all weights.
+        lora: which adapter.
+        dtype: of the base weights; "auto" is bfloat16 on GPUs and float32 on a CPU, and float32 with
+            tune="full".
+        autocast: whether training runs under bfloat16 autocast (a trainer's bf16=True).
+        quantise: keep linear layers in 4 bits: "4bit", or "4bit_double" with double quantisation.
+        data: preferences (or demonstrations, for sft) whose lengths are planned for, as the training
+            commands read them; they are tokenized with the model's tokenizer where it is at hand, and
+            else counted as one token for each four bytes.
+        prompt_tokens: mean length of a prompt, chat template included; without `data`.
+        answer_tokens: mean length of an answer; without `data`.
+        longest_tokens: prompt and answers of the longest row, all together; None takes twice the mean
+            row. Without `data`.
+        answers: K, how many answers a prompt has: 2 for pairs, 1 for sft.
+        rows: how many prompts with answers there are; without `data`.
+        max_length: tokens of prompt and one answer; what is longer is cut.
+        epochs: passes over the rows (for ppo: over each rollout batch).
+        batch_size: rows an optimiser step, on all devices together (for ppo: prompts of a rollout
+            batch).
+        micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
+            16,384 on a GPU.
+        gradient_checkpointing: recompute activations in the backward pass.
+        activation_offloading: keep activations in the host's memory.
+        optimizer: adamw, adamw_8bit, paged_adamw_8bit or sgd (without momentum).
+        rollouts: ppo's rollout batches.
+        gpus: 8xH100-80GB, 4x48GB (any GPU of that memory), cpu, cpu-64GB, or auto for this machine.
+        strategy: how several GPUs share the work: ddp, fsdp2, zero2 or zero3.
+        measure: measure this machine's rate on a few layers of the model (seconds to a minute), where
+            it is this machine that is planned for. Without it there is no time for a CPU.
+        utilisation: share of a GPU's rate, as its vendor states it, that is assumed; None takes 0.4.
+        usd_per_gpu_hour: price of one device for one hour, in US dollars.
+    """
+
+    model: str = "demo"
+    shape: ModelShape | None = None
+    method: Method = "dpo"
+    tune: Literal["lora", "full"] = "lora"
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    autocast: bool = False
+    quantise: Literal["none", "4bit", "4bit_double"] = "none"
+    data: str | None = None
+    prompt_tokens: int = 200
+    answer_tokens: int = 200
+    longest_tokens: int | None = None
+    answers: int | None = None
+    rows: int = 1000
+    max_length: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 16
+    micro_batch_tokens: int | None = None
+    gradient_checkpointing: bool = False
+    activation_offloading: bool = False
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw"
+    rollouts: int = 100
+    gpus: str = "auto"
+    strategy: Strategy = "ddp"
+    measure: bool = True
+    utilisation: float | None = None
+    usd_per_gpu_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in (
+            "prompt_tokens", "answer_tokens", "longest_tokens", "answers", "rows", "max_length",
+            "batch_size", "micro_batch_tokens", "rollouts",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name} must be at least 1, got {value}")
+        if not self.epochs > 0:
+            problems.append(f"epochs must be positive, got {self.epochs}")
+        if self.utilisation is not None and not 0 < self.utilisation <= 1:
+            problems.append(f"utilisation must be in (0, 1], got {self.utilisation}")
+        if self.usd_per_gpu_hour is not None and not self.usd_per_gpu_hour >= 0:
+            problems.append(f"usd_per_gpu_hour must not be negative, got {self.usd_per_gpu_hour}")
+        if self.tune == "full" and self.quantise != "none":
+            problems.append("4-bit weights cannot be trained; quantise needs tune=lora")
+        if self.method in ("reward", "ppo") and self.strategy != "ddp":
+            problems.append(f"{self.method} shards nothing; its strategy is ddp")
+        if self.method == "sft" and self.answers not in (None, 1):
+            problems.append(f"sft has one answer a prompt, got answers={self.answers}")
+        try:
+            devices = parse_devices(self.gpus)
+        except ValueError as error:
+            problems.append(str(error).rstrip("."))
+        else:
+            if self.strategy != "ddp" and devices.count < 2:
+                problems.append(
+                    f"strategy={self.strategy} shares weights among GPUs, and {self.gpus} is one: "
+                    "give several, such as 2xH100-80GB, or leave strategy at ddp"
+                )
+            if self.quantise != "none" and self.strategy == "zero3":
+                problems.append("zero3 cannot shard 4-bit weights; take fsdp2 or ddp")
+        if problems:
+            raise ValueError("plan: " + "; ".join(problems) + ".")
+
+    @property
+    def n_answers(self) -> int:
+        """Answers a prompt: 1 for sft, 4 for ppo, else 2, unless the user says otherwise."""
+        return self.answers or {"sft": 1, "ppo": 4}.get(self.method, 2)
+
+
+class MemoryPart(msgspec.Struct, frozen=True, kw_only=True):
+    """What one kind of thing takes on each device, and a remark."""
+
+    name: str
+    n_bytes: float
+    remark: str = ""
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """What another setting would do: the peak it leads to, and how much less that is."""
+
+    setting: str
+    peak_bytes: float
+    saves_bytes: float
+    fits: bool
+    remark: str = ""
+
+
+class TimePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How long it takes on all devices together, and what that is made of."""
+
+    seconds: float
+    optimizer_steps: int
+    operations: float
+    tokens_fed: float
+    tokens_per_s: float
+    source: str
+    is_assumed: bool
+    usd: float | None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="prefopt.plan/1"):
+    """What a configuration takes. Bytes are those of one device."""
+
+    model: str
+    family: str
+    n_parameters: int
+    n_trained: int
+    method: str
+    devices: str
+    n_devices: int
+    strategy: str
+    micro_batch_tokens: int
+    fullest_micro_batch: int
+    memory: tuple[MemoryPart, ...]
+    peak_bytes: float
+    step_bytes: float
+    capacity_bytes: float
+    largest_micro_batch_tokens: int
+    changes: tuple[Change, ...]
+    time: TimePlan | None
+    remarks: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within a device's memory."""
+        return self.peak_bytes <= self.capacity_bytes
+
+    def to_text(self) -> str:
+        """The plan for people."""
+        return "\n".join(_text(self))
+
+    def to_json(self) -> str:
+        """All of it, for programs."""
+        return msgspec.json.format(msgspec.json.encode(self)).decode()
+
+
+def plan_training(config: PlanConfig) -> Plan:
+    """Predict what a configuration takes.
+
+    Raises:
+        ModelError: the model's configuration cannot be read, or its step cannot be traced.
+        DataError: the data cannot be read.
+    """
+    return _Planner(config).plan()
+
+
+class _Planner:
+    """One configuration, with what is worked out once for all its variants."""
+
+    def __init__(self, config: PlanConfig) -> None:
+        self.config, self.devices = config, parse_devices(config.gpus)
+        self.model = read_config(config.shape or config.model)
+        self.facts: ModelFacts = count_model(self.model)
+        self.remarks: list[str] = []
+        self.rows, self.n_rows = self._rows()
+        limit = self.facts.max_positions
+        longest = max(p + max(answers) for p, answers in self.rows)
+        if limit is not None and longest > limit:
+            self.remarks.append(
+                f"the longest prompt with an answer has {longest:,} tokens, and the model is made for "
+                f"{limit:,}: set max_length, or another model"
+            )
+
+    # --- Rows ------------------------------------------------------------------------------------
+
+    def _rows(self) -> tuple[list[RowSize], float]:
+        """Row sizes to plan for, and how many rows they stand for."""
+        config = self.config
+        if config.data is not None:
+            rows, n = _sizes_of_data(config, self.remarks)
+        else:
+            k = config.n_answers
+            usual = (config.prompt_tokens, (config.answer_tokens,) * k)
+            mean = config.prompt_tokens + k * config.answer_tokens
+            longest = 2 * mean if config.longest_tokens is None else config.longest_tokens
+            factor = max(1.0, longest / mean)
+            long = tuple(math.ceil(factor * a) for a in usual[1])
+            rows = [usual] * min(config.rows, 4 * config.batch_size)
+            if config.rows > len(rows):  # the longest is too rare to count in the means
+                rows.append((max(1, longest - sum(long)), long))
+            n = float(config.rows)
+        if config.max_length is not None:
+            rows = [cut for p, a in rows if (cut := _cut(p, a, config.max_length)) is not None]
+            if not rows:
+                raise DataError(
+                    f"no row has room for an answer within max_length={config.max_length}."
+                )
+        return rows, n
+
+    def _fullest(self, config: PlanConfig) -> list[RowSize]:
+        """The rows of the micro-batch that feeds the most tokens."""
+        from prefopt.trees import split_by_tokens
+
+        budget, mine = _budget(config, self.devices), _rows_a_device(config, self.devices)
+        best: list[RowSize] = []
+        for start in range(0, len(self.rows), mine):
+            step = self.rows[start : start + mine]
+            sizes = [_fed(row) for row in step]
+            for members in split_by_tokens(sizes, budget):
+                found = [step[i] for i in members]
+                if sum(map(_fed, found)) > sum(map(_fed, best)):
+                    best = found
+        return best
+
+    # --- Memory ----------------------------------------------------------------------------------
+
+    def _settings(self, config: PlanConfig) -> StepSettings:
+        from prefopt.plan_memory import StepSettings
+
+        mine, budget = _rows_a_device(config, self.devices), _budget(config, self.devices)
+        in_step = sum(_fed(row) for row in self.rows[:mine])
+        return StepSettings(
+            dtype=_dtype(config, self.devices),
+            autocast=config.autocast,
+            lora=config.lora if config.tune == "lora" else None,
+            gradient_checkpointing=config.gradient_checkpointing,
+            activation_offloading=config.activation_offloading,
+            quantised=config.quantise != "none",
+            on_gpu=self.devices.is_gpu,
+            accumulates=in_step > budget or config.method == "ppo",
+        )
+
+    def _step(self, config: PlanConfig, rows: Sequence[RowSize]) -> StepMemory:
+        """The fullest of the method's passes."""
+        from prefopt.plan_memory import step_memory
+
+        settings = self._settings(config)
+        found = [
+            step_memory(self.model, _trees(rows), settings, passes)
+            for passes in _passes(config.method)
+        ]
+        return max(found, key=lambda step: step.peak_bytes)
+
+    def _parts(self, config: PlanConfig, rows: Sequence[RowSize]) -> list[MemoryPart]:
+        """All that one device holds at its fullest moment."""
+        step = self._step(config, rows)
+        return list(self._composed(config, step, sum(map(_fed, rows))))
+
+    def _composed(self, config: PlanConfig, step: StepMemory, n_fed: int) -> Iterator[MemoryPart]:
+        facts, devices = self.facts, self.devices
+        n, strategy = devices.count, config.strategy
+        peak = dict(step.peak)
+        base = peak.pop("weights", 0.0)
+        width = base / facts.n_parameters  # of a weight, in bytes
+        remark = f"{facts.n_parameters:,} in {_dtype(config, devices)}"
+        if config.quantise != "none":
+            base -= facts.n_linear * (width - _QUANTISED_BYTES[config.quantise])
+            remark = f"{facts.n_linear:,} of {facts.n_parameters:,} in 4 bits"
+        copies = _copies(config)
+        shards_weights = n if strategy in ("fsdp2", "zero3") else 1
+        shards_states = n if strategy != "ddp" else 1
+        yield MemoryPart(name="weights", n_bytes=base / shards_weights, remark=remark)
+        if copies.models > 1:
+            yield MemoryPart(
+                name="further models",
+                n_bytes=(copies.models - 1) * base / shards_weights,
+                remark=copies.remark,
+            )
+        adapter = peak.pop("adapter", 0.0)
+        if adapter:
+            yield MemoryPart(
+                name="adapters",
+                n_bytes=copies.adapters * adapter / shards_weights,
+                remark=f"{copies.adapters} x {step.n_trained:,} parameters",
+            )
+        trained = float(step.n_trained * copies.trained)
+        gradients = peak.pop("gradients", 0.0) * copies.trained
+        if gradients:
+            yield MemoryPart(name="gradients", n_bytes=gradients / shards_states)
+        states = trained * _STATE_BYTES[config.optimizer]
+        remark = config.optimizer
+        if strategy in ("zero2", "zero3") and width < 4 and config.tune == "full":
+            states += 4 * trained
+            remark += ", and weights in float32"
+        yield MemoryPart(
+            name="optimiser", n_bytes=states / shards_states,
+            remark=f"{remark}, {trained:,.0f} trained",
+        )  # fmt: skip
+        names = {
+            "attention": "activations: attention",
+            "MLP": "activations: MLP",
+            "norms": "activations: norms",
+            "other": "activations: between layers",
+            "cast weights": "weights in bfloat16 (autocast)",
+            "head": "output head, in chunks",
+            "backward": "backward pass",
+        }
+        moving = 0.0
+        for part, name in names.items():
+            if peak.get(part, 0.0) > 0:
+                yield MemoryPart(name=name, n_bytes=peak[part])
+                moving += peak[part]
+        if n > 1:
+            yield _exchanged(config, facts, trained, width)
+        if config.method == "ppo":
+            sampling = self._sampling(config, width)
+            if sampling > moving:
+                yield MemoryPart(
+                    name="sampling beyond that", n_bytes=sampling - moving,
+                    remark="keys and values of the answers that are generated at once",
+                )  # fmt: skip
+                moving = sampling
+        yield MemoryPart(
+            name="allocator",
+            n_bytes=_FRAGMENTATION * moving,
+            remark=f"assumed: {_FRAGMENTATION:.0%} of what comes and goes",
+        )
+        yield MemoryPart(
+            name="runtime",
+            n_bytes=_RUNTIME_BYTES[devices.is_gpu],
+            remark="assumed: CUDA's context and kernels" if devices.is_gpu else "Python, libraries",
+        )
+
+    def _sampling(self, config: PlanConfig, width: float) -> float:
+        """Keys and values of the answers generated at once, and the logits they are drawn from."""
+        facts, k = self.facts, config.n_answers
+        prompts = min(_rows_a_device(config, self.devices), max(1, _GENERATED_AT_ONCE // k))
+        longest = max(p + max(a) for p, a in self.rows)
+        per_token = 2 * facts.n_layers * facts.n_kv_heads * facts.head_dim * width
+        cache = prompts * k * longest * per_token
+        # One layer's are written anew while the old ones are there, with its heads repeated.
+        in_layer = cache / facts.n_layers * (1 + facts.n_heads / facts.n_kv_heads)
+        logits = (
+            4 * 4 * prompts * k * facts.vocab_size
+        )  # raw, cooled, probabilities, one in passing
+        return cache + in_layer + logits
+
+    # --- The plan --------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The plan, with what would help where it does not fit."""
+        config, devices = self.config, self.devices
+        rows = self._fullest(config)
+        step = self._step(config, rows)
+        parts = list(self._composed(config, step, sum(map(_fed, rows))))
+        peak = sum(part.n_bytes for part in parts)
+        fits = peak <= devices.memory_bytes
+        budget = _budget(config, devices)
+        fed = sum(map(_fed, rows))
+        if fed > budget:
+            self.remarks.append(
+                f"the longest row feeds {fed:,} tokens, more than micro_batch_tokens={budget:,}: it "
+                "goes through the model alone, and a smaller setting spares nothing; set max_length"
+            )
+        copies = _copies(config)
+        return Plan(
+            model=config.shape.params if config.shape else config.model,
+            family=self.facts.family,
+            n_parameters=self.facts.n_parameters,
+            n_trained=round(step.n_trained * copies.trained),
+            method=config.method,
+            devices=devices.name,
+            n_devices=devices.count,
+            strategy=config.strategy,
+            micro_batch_tokens=budget,
+            fullest_micro_batch=fed,
+            memory=tuple(parts),
+            peak_bytes=peak,
+            step_bytes=_above_weights(parts),
+            capacity_bytes=devices.memory_bytes,
+            largest_micro_batch_tokens=self._largest(config, rows, peak),
+            changes=() if fits else tuple(self._changes(peak)),
+            time=self._time(rows),
+            remarks=tuple(self.remarks),
+        )
+
+    def _largest(self, config: PlanConfig, rows: Sequence[RowSize], peak: float) -> int:
+        """Tokens of the largest micro-batch of the usual row that fits: memory grows in a line."""
+        usual = _usual(self.rows)
+        fed = _fed(usual)
+        few, many = (max(1, round(t / fed)) for t in (1024, 4096))
+        many = max(many, few + 1)
+        low, high = (sum(p.n_bytes for p in self._parts(config, [usual] * n)) for n in (few, many))
+        a_row = (high - low) / (many - few)
+        if a_row <= 0:
+            return 0
+        n_rows = few + (self.devices.memory_bytes - low) / a_row
+        return max(0, math.floor(n_rows) * fed)
+
+    def _changes(self, peak: float) -> Iterator[Change]:
+        """What would help, the mildest first."""
+        capacity = self.devices.memory_bytes
+        for setting, changed, remark in _milder(self.config, self.devices):
+            try:
+                parts = self._parts(changed, self._fullest(changed))
+            except (ModelError, ValueError):
+                continue
+            after = sum(part.n_bytes for part in parts)
+            if after < 0.995 * peak:
+                yield Change(
+                    setting=setting, peak_bytes=after, saves_bytes=peak - after,
+                    fits=after <= capacity, remark=remark,
+                )  # fmt: skip
+
+    # --- Time ------------------------------------------------------------------------------------
+
+    def _rates(self, rows: Sequence[RowSize]) -> Rates | None:
+        from prefopt.plan_time import assumed_rates, measure_rates
+
+        config, devices = self.config, self.devices
+        if not (devices.here and config.measure):
+            found = assumed_rates(devices, config.utilisation)
+            if found is None:
+                self.remarks.append(
+                    f"no time: nothing is known of how fast {devices.name} is. Name a GPU that is "
+                    "known, or plan on the machine itself with measure=true"
+                )
+            return found
+        passes = _passes(config.method)[0]
+        return measure_rates(self.model, self.facts, _trees(rows), self._settings(config), passes)
+
+    def _time(self, rows: Sequence[RowSize]) -> TimePlan | None:
+        from prefopt.plan_time import work_of
+
+        rates = self._rates(rows)
+        if rates is None:
+            return None
+        config, devices = self.config, self.devices
+        steps = math.ceil(self.n_rows / config.batch_size) * config.epochs
+        epoch = work_of(self.rows).times(self.n_rows / len(self.rows))
+        if config.method == "ppo":
+            in_rollout = work_of(self.rows).times(config.batch_size / len(self.rows))
+            epoch, steps = in_rollout.times(config.rollouts), config.rollouts * config.epochs
+        took, operations = _duration(
+            config, self.facts, epoch, steps, rates, self._settings(config)
+        )
+        took /= devices.count
+        if devices.count > 1:
+            self.remarks.append("time takes several devices to lose nothing to communication")
+        if config.method == "ppo" and rates.tokens is None:
+            self.remarks.append("time leaves out the sampling of answers and the reward's own")
+        usd = config.usd_per_gpu_hour
+        return TimePlan(
+            seconds=took,
+            optimizer_steps=math.ceil(steps),
+            operations=operations,
+            tokens_fed=epoch.fed * config.epochs,
+            tokens_per_s=epoch.fed * config.epochs / took,
+            source=rates.source,
+            is_assumed=rates.is_assumed,
+            usd=None if usd is None else usd * devices.count * took / 3600,
+        )
+
+
+def _duration(
+    config: PlanConfig,
+    facts: ModelFacts,
+    epoch: Any,
+    steps: float,
+    rates: Rates,
+    settings: StepSettings,
+) -> tuple[float, float]:
+    """Seconds and operations of the whole training, as if on one device."""
+    from prefopt.plan_time import (
+        adapter_size,
+        scoring_operations,
+        seconds,
+        training_operations,
+    )
+
+    model = read_config(config.shape or config.model)
+    n_adapter = adapter_size(model, settings)
+    took = operations = 0.0
+    for passes in _passes(config.method):
+        done = training_operations(facts, epoch.times(config.epochs), settings, n_adapter, passes)
+        took, operations = took + seconds(done, rates.training), operations + sum(done)
+    # The reference is computed once for each answer; PPO scores by policy, reference, value, reward.
+    with_head, without = {"dpo": (1, 0), "ppo": (2, 2)}.get(config.method, (0, 0))
+    for head, times in ((True, with_head), (False, without)):
+        done = scoring_operations(facts, epoch.times(times), head=head)
+        took, operations = took + seconds(done, rates.scoring), operations + sum(done)
+    trained = n_adapter if config.tune == "lora" else facts.n_parameters
+    took += steps * trained * _copies(config).trained / rates.optimizer
+    return took, operations
+
+
+# --- Parts of a configuration --------------------------------------------------------------------
+
+
+def _dtype(config: PlanConfig, devices: Devices) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if devices.is_gpu and config.tune == "lora" else "float32"
+
+
+def _budget(config: PlanConfig, devices: Devices) -> int:
+    return config.micro_batch_tokens or _MICRO_BATCH_TOKENS[devices.is_gpu]
+
+
+def _rows_a_device(config: PlanConfig, devices: Devices) -> int:
+    return max(1, math.ceil(config.batch_size / devices.count))
+
+
+def _fed(row: RowSize) -> int:
+    return row[0] + sum(a - 1 for a in row[1])
+
+
+def _usual(rows: Sequence[RowSize]) -> RowSize:
+    """The row whose size is the median."""
+    return sorted(rows, key=_fed)[len(rows) // 2]
+
+
+def _cut(prompt: int, answers: tuple[int, ...], most: int) -> RowSize | None:
+    room = most - prompt
+    return None if room < 1 else (prompt, tuple(min(a, room) for a in answers))
+
+
+def _trees(rows: Sequence[RowSize]) -> list[Any]:
+    from prefopt.trees import AnswerTree
+
+    return [AnswerTree((0,) * prompt, tuple((0,) * a for a in answers)) for prompt, answers in rows]
+
+
+def _passes(method: Method) -> tuple[Pass, ...]:
+    passes: dict[Method, tuple[Pass, ...]] = {
+        "dpo": ("logprobs",), "sft": ("logprobs",), "reward": ("scores",),
+        "ppo": ("logprobs", "values"),
+    }  # fmt: skip
+    return passes[method]
+
+
+class _Copies(msgspec.Struct, frozen=True):
+    """How many whole models and adapters there are, and how many of them train."""
+
+    models: int
+    adapters: int
+    trained: int
+    remark: str = ""
+
+
+def _copies(config: PlanConfig) -> _Copies:
+    if config.method == "ppo":
+        if config.tune == "lora":
+            return _Copies(1, 3, 2)  # policy, value, reward on one base
+        return _Copies(4, 0, 2, "reference, value and reward model")
+    if config.method == "dpo" and config.tune == "full":
+        return _Copies(2, 0, 1, "the reference, a copy of the model")
+    return _Copies(1, 1 if config.tune == "lora" else 0, 1)
+
+
+def _exchanged(config: PlanConfig, facts: ModelFacts, trained: float, width: float) -> MemoryPart:
+    """What several devices hold for each other, by each engine's defaults."""
+    gathered = 2 * facts.n_largest + facts.n_input + facts.n_head
+    if config.strategy == "ddp":
+        return MemoryPart(
+            name="exchange", n_bytes=4 * trained, remark="DDP's buckets, a copy of the gradients"
+        )
+    if config.strategy == "fsdp2":
+        largest = facts.n_largest if config.tune == "full" else 0
+        return MemoryPart(
+            name="exchange", n_bytes=width * gathered + 4 * largest,
+            remark="two layers and the embeddings gathered, a layer's gradients scattered",
+        )  # fmt: skip
+    buckets = 2 * min(trained, 5e8) * width
+    if config.strategy == "zero2":
+        return MemoryPart(name="exchange", n_bytes=buckets, remark="DeepSpeed's two buckets")
+    live = min(1e9, facts.n_parameters)
+    return MemoryPart(
+        name="exchange", n_bytes=width * live + buckets,
+        remark="DeepSpeed's live parameters (1e9) and buckets",
+    )  # fmt: skip
+
+
+def _milder(config: PlanConfig, devices: Devices) -> Iterator[tuple[str, PlanConfig, str]]:
+    """Configurations that take less, each one change away, and what they cost."""
+    budget = _budget(config, devices)
+    if not config.gradient_checkpointing:
+        changed = replace(config, gradient_checkpointing=True)
+        yield "gradient_checkpointing=true", changed, "about a third more time"
+    for smaller in (budget // 4, budget // 16):
+        if smaller >= 256:
+            changed = replace(config, micro_batch_tokens=smaller)
+            yield f"micro_batch_tokens={smaller}", changed, "the same gradient"
+    if not config.gradient_checkpointing and budget >= 1024:
+        changed = replace(config, gradient_checkpointing=True, micro_batch_tokens=budget // 4)
+        yield f"gradient_checkpointing=true and micro_batch_tokens={budget // 4}", changed, ""
+    if config.dtype != "bfloat16" and devices.is_gpu and config.tune == "lora":
+        yield "dtype=bfloat16", replace(config, dtype="bfloat16"), ""
+    elif not config.autocast and devices.is_gpu:
+        yield "autocast=true", replace(config, autocast=True), "products in bfloat16"
+    if config.tune == "full":
+        if config.optimizer == "adamw":
+            yield "optimizer=adamw_8bit", replace(config, optimizer="adamw_8bit"), ""
+        yield "tune=lora", replace(config, tune="lora"), "trains an adapter instead"
+    elif config.quantise == "none" and devices.is_gpu and config.strategy != "zero3":
+        yield "quantise=4bit", replace(config, quantise="4bit"), "slower; weights lose precision"
+    if devices.is_gpu and not config.activation_offloading:
+        changed = replace(config, activation_offloading=True)
+        yield "activation_offloading=true", changed, "activations travel to the host and back"
+    if devices.count > 1 and config.strategy == "ddp" and config.method in ("dpo", "sft"):
+        yield "strategy=fsdp2", replace(config, strategy="fsdp2"), "weights shared among GPUs"
+
+
+def _above_weights(parts: Sequence[MemoryPart]) -> float:
+    """What a step adds to a loaded model with its adapters."""
+    there = ("weights", "further models", "adapters", "runtime", "allocator")
+    return sum(part.n_bytes for part in parts if part.name not in there)
+
+
+# --- Rows of a file ------------------------------------------------------------------------------
+
+
+def _sizes_of_data(config: PlanConfig, remarks: list[str]) -> tuple[list[RowSize], float]:
+    """Row sizes of a sample of a file, and how many rows the file has."""
+    assert config.data is not None
+    tokenizer = None
+    if config.shape is None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model))
+        except (OSError, ValueError, KeyError, ImportError):
+            tokenizer = None
+    if tokenizer is None:
+        remarks.append("no tokenizer is at hand: a token is taken to be four bytes of text")
+    measured = _demonstration_sizes if config.method == "sft" else _preference_sizes
+    rows, n = measured(config.data, tokenizer)
+    if n > len(rows):
+        remarks.append(f"lengths are those of {len(rows):,} of {n:,} rows, drawn at random")
+    return rows, float(n)
+
+
+def _drawn(items: Sequence[Any]) -> Sequence[Any]:
+    return items if len(items) <= _SAMPLE else random.Random(0).sample(list(items), _SAMPLE)
+
+
+def _demonstration_sizes(data: str, tokenizer: Any) -> tuple[list[RowSize], int]:
+    from prefopt.chat import tokenize_answer, tokenize_text
+    from prefopt.data.demonstrations import load_demonstrations
+
+    rows = load_demonstrations(data)
+    sizes: list[RowSize] = []
+    for row in _drawn(rows):
+        if tokenizer is None:
+            before = "" if row.prompt is None else row.prompt.text
+            sizes.append((_by_bytes(before), (_by_bytes(row.text),)))
+            continue
+        if row.prompt is None:
+            ids = tokenize_text(tokenizer, row.text)
+        else:
+            ids = tokenize_answer(tokenizer, row.prompt, row.text, complete=row.complete)
+        sizes.append((max(1, len(ids.prompt_ids)), (max(1, len(ids.answer_ids)),)))
+    return sizes, len(rows)
+
+
+def _preference_sizes(data: str, tokenizer: Any) -> tuple[list[RowSize], int]:
+    from prefopt.chat import tokenize_candidate
+    from prefopt.data.preference_data import load_preferences
+
+    groups = load_preferences(data)
+    sizes: list[RowSize] = []
+    for group in _drawn(groups):
+        if tokenizer is None:
+            texts = [answer.text for answer in group.answers]
+            sizes.append((_by_bytes(group.prompt.text), tuple(map(_by_bytes, texts))))
+            continue
+        ids = [tokenize_candidate(tokenizer, answer) for answer in group.answers]
+        prompt = max(len(each.prompt_ids) for each in ids)
+        sizes.append((max(1, prompt), tuple(max(1, len(each.answer_ids)) for each in ids)))
+    return sizes, len(groups)
+
+
+def _by_bytes(text: str) -> int:
+    return max(1, math.ceil(len(text.encode()) / 4))
+
+
+# --- Text ----------------------------------------------------------------------------------------
+
+
+def _text(found: Plan) -> Iterator[str]:
+    count = f"{found.n_devices} x " if found.n_devices > 1 else ""
+    shared = f", {found.strategy}" if found.n_devices > 1 else ""
+    yield (
+        f"{found.method} of {found.model} ({found.family}, {found.n_parameters / 1e9:.3g}B "
+        f"parameters, {found.n_trained / 1e6:,.1f}M trained) on {count}{found.devices}{shared}"
+    )
+    yield ""
+    whose = "each device" if found.n_devices > 1 else "memory"
+    yield f"{whose:<34}      GB"
+    for part in sorted(found.memory, key=lambda part: -part.n_bytes):
+        yield f"  {part.name:<32}{part.n_bytes / 1e9:8.2f}  {part.remark}".rstrip()
+    verdict = "fits" if found.fits else "DOES NOT FIT"
+    yield (
+        f"  {'at its fullest':<32}{found.peak_bytes / 1e9:8.2f}  of {found.capacity_bytes / 1e9:.1f}: "
+        f"{verdict}"
+    )
+    yield ""
+    yield (
+        f"Micro-batches of {found.micro_batch_tokens:,} tokens; the fullest feeds "
+        f"{found.fullest_micro_batch:,}. {_largest_said(found)}"
+    )
+    if found.changes:
+        yield ""
+        yield "What would help                                          peak, GB   less, GB"
+        for change in found.changes:
+            mark = "fits" if change.fits else ""
+            yield (
+                f"  {change.setting:<55}{change.peak_bytes / 1e9:8.2f}"
+                f"{change.saves_bytes / 1e9:11.2f}  {mark:<5}{change.remark}"
+            ).rstrip()
+    elif not found.fits:
+        yield "No single setting makes it fit: take a smaller model, shorter rows or more memory."
+    if found.time is not None:
+        yield ""
+        yield from _time_said(found.time)
+    for remark in found.remarks:
+        yield f"Note: {remark}."
+
+
+def _largest_said(found: Plan) -> str:
+    most = found.largest_micro_batch_tokens
+    if most == 0:
+        return "Not even one row of the usual length fits."
+    return f"Up to about {most:,} would fit."
+
+
+def _time_said(time: TimePlan) -> Iterator[str]:
+    usd = "" if time.usd is None else f", ${time.usd:,.2f}"
+    yield (
+        f"Time: {_duration_said(time.seconds)}{usd} for {time.optimizer_steps:,} steps "
+        f"({time.tokens_fed:,.0f} tokens, {time.tokens_per_s:,.0f} a second, "
+        f"{time.operations:.2g} operations)"
+    )
+    yield f"  {time.source}"
+
+
+def _duration_said(s: float) -> str:
+    if s < 120:
+        return f"{s:.0f} s"
+    if s < 7200:
+        return f"{s / 60:.0f} min"
+    return f"{s / 3600:.1f} h"
