@@ -76,6 +76,9 @@ class DPOSettings:
             general data: the nearest whole number of rows, and at least one.
         replay_weight: of their mean negative log-likelihood a token beside the loss of the pairs; 0
             is no replay.
+        reference: what an adapter that is trained further (`lora.continue_from`) is compared with: a
+            frozen copy of it at the "start", or the "base" model under it, which stays the same over
+            rounds of iterative DPO.
         warmup: share of the steps over which the rate rises from 0.
         schedule: how the rate falls after that.
         weight_decay: of AdamW.
@@ -100,6 +103,7 @@ class DPOSettings:
     replay: str | None = None
     replay_share: float = 0.1
     replay_weight: float = 1.0
+    reference: Literal["start", "base"] = "start"
     warmup: float = 0.1
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     weight_decay: float = 0.0
@@ -184,7 +188,8 @@ def train_dpo(
     """Train a LoRA adapter on preferences and save it in `out`.
 
     The reference is the base model (adapter off), or, when `lora.continue_from` is given, a frozen
-    copy of that adapter as it was before training. Every preference of every group is one pair.
+    copy of that adapter as it was before training, unless `settings.reference` is "base". Every
+    preference of every group is one pair.
 
     Args:
         groups: preferences, as `build_preferences` or `load_preferences` return them.
@@ -211,7 +216,7 @@ def train_dpo(
         raise ValueError("general data is given twice, as replay and as settings.replay.")
     replay = settings.replay if replay is None else replay
     checkpoint_dir = Path(checkpoints) if checkpoints else out.with_name(out.name + ".checkpoints")
-    if lora.continue_from is None:
+    if lora.continue_from is None or settings.reference == "base":
         reference = "the base model (adapter off)"
     else:
         reference = f"a frozen copy of the adapter {lora.continue_from}"
@@ -362,6 +367,7 @@ def _make_trainer(
         loss_weights=settings.loss_weights,
         label_smoothing=settings.label_smoothing,
         ld_alpha=settings.ld_alpha,
+        adapter_reference=settings.reference,
         replay_share=settings.replay_share,
         replay_weight=settings.replay_weight,
         learning_rate=settings.learning_rate or default_learning_rate(n_parameters),

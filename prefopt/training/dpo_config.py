@@ -36,6 +36,9 @@ class DPOConfig(trl.DPOConfig):
             computed once for all of them; otherwise rows are shuffled one by one.
         group_pairs: of K answers with scores, train on all pairs or on best against worst.
         soft_labels: what `p_chosen` below 1 does; see `prefopt.losses.LossSettings`.
+        adapter_reference: the reference of a model that comes with an adapter: a frozen copy of the
+            adapter as it is at the "start", or the "base" model under it, as in later rounds of
+            iterative DPO.
         reference_cache: folder in which reference log-probabilities are kept for other runs. With
             `precompute_ref_log_probs` and None it lies in prefopt's cache folder.
         simpo_gamma: target margin of the `simpo` loss.
@@ -77,6 +80,13 @@ class DPOConfig(trl.DPOConfig):
             "choices": get_args(SoftLabels),
         },
     )
+    adapter_reference: str = field(
+        default="start",
+        metadata={
+            "help": "What a continued adapter is compared with: itself at the start, or its base.",
+            "choices": ["start", "base"],
+        },
+    )
     reference_cache: str | None = field(
         default=None,
         metadata={"help": "Folder for reference log-probabilities that other runs can use."},
@@ -104,6 +114,10 @@ class DPOConfig(trl.DPOConfig):
             problems.append(f"micro_batch_tokens must be positive, got {self.micro_batch_tokens}")
         if self.group_pairs not in ("all", "best_worst"):
             problems.append(f"group_pairs must be all or best_worst, got {self.group_pairs!r}")
+        if self.adapter_reference not in ("start", "base"):
+            problems.append(
+                f"adapter_reference must be start or base, got {self.adapter_reference!r}"
+            )
         if self.max_length is not None and self.max_length < 2:
             problems.append(f"max_length must be at least 2, got {self.max_length}")
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:

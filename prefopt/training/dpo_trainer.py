@@ -277,7 +277,7 @@ class DPOTrainer(TreeTrainer):
         elif self.eval_dataset is not None:
             self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
         # An adapter's reference is always at hand; any other model is let go once training starts.
-        self._release_reference = not self.reference.reference.kind.startswith("adapter")
+        self._release_reference = not self.reference.reference.shares_weights
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
         """Compute the reference of all answers of a dataset; pairs get TRL's columns with sums."""
@@ -560,14 +560,15 @@ class DPOTrainer(TreeTrainer):
     def _check_evaluable(self, parts: Mapping[str, Any]) -> None:
         if not self.args.precompute_ref_log_probs:
             return
-        kind = self.reference.reference.kind
+        reference = self.reference.reference
         for part in parts.values():
             if not isinstance(part, datasets.Dataset):
                 raise ValueError(
                     "precompute_ref_log_probs=True is not supported with IterableDataset. Give a "
                     "datasets.Dataset, or set precompute_ref_log_probs=False."
                 )
-        if self.state.global_step > 0 and not kind.startswith("adapter") and kind != "none":
+        at_hand = reference.shares_weights or reference.kind == "none"
+        if self.state.global_step > 0 and not at_hand:
             raise ValueError(
                 "Cannot compute reference log-probs for a dataset passed to evaluate() after "
                 "training has started: the reference was released once it was precomputed. Give the "

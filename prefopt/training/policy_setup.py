@@ -101,6 +101,8 @@ def with_adapter(
     if ref_model is not None:
         return model, "given model"
     if hasattr(model, "peft_config"):
+        if args.adapter_reference == "base":
+            return model, "base model"
         copy_adapter(model)
         return model, "adapter copy"
     return model, "model copy"

@@ -28,7 +28,10 @@ from prefopt.training.fused_model import NOTHING_FUSED
 from prefopt.training.tree_model import Scoring, base_model, score_answers, tree_attention
 from prefopt.trees import AnswerTree
 
-ReferenceKind = Literal["adapter off", "adapter copy", "model copy", "given model", "none"]
+ReferenceKind = Literal[
+    "adapter off", "base model", "adapter copy", "model copy", "given model", "none"
+]
+"""With "base model" too the adapter is off, but the policy starts from another adapter's weights."""
 
 COPY_NAME = "ref"
 
@@ -47,9 +50,15 @@ class Reference(NamedTuple):
         """Whether policy and reference must agree before the first step."""
         return self.kind in ("adapter off", "adapter copy", "model copy")
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether it lives inside the policy, so that it is always at hand."""
+        return self.kind in ("adapter off", "base model", "adapter copy")
+
     def __str__(self) -> str:
         said = {
             "adapter off": "the base model (adapter off)",
+            "base model": "the base model, from which the continued adapter has moved already",
             "adapter copy": "a frozen copy of the adapter as it is now",
             "model copy": "a frozen copy of the model as it is now",
             "given model": "the model given as ref_model",
@@ -72,7 +81,7 @@ class Reference(NamedTuple):
 
 @contextlib.contextmanager
 def _adapter(model: Any, kind: ReferenceKind) -> Iterator[None]:
-    if kind == "adapter off":
+    if kind in ("adapter off", "base model"):
         with model.disable_adapter():
             yield
     elif kind == "adapter copy":
@@ -116,7 +125,7 @@ def weights_fingerprint(reference: Reference, *, autocast: str = "no") -> str:
 
     Names and paths do not enter, so a checkpoint that was overwritten has another fingerprint.
     """
-    skip = "lora_" if reference.kind == "adapter off" else None
+    skip = "lora_" if reference.kind in ("adapter off", "base model") else None
     # The policy's own adapter is not part of its reference; that of a given model is.
     given = reference.kind == "given model"
     digest = hashlib.sha256(f"prefopt reference 1, autocast {autocast}".encode())

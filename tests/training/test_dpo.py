@@ -162,6 +162,20 @@ def test_continuing_an_adapter_starts_from_it_and_keeps_it_as_reference(tiny_mod
     assert not (second.adapter / "ref").exists()
 
 
+def test_continuing_an_adapter_with_the_base_model_as_reference(tiny_model, tmp_path):
+    """The second training's first margin is the first one's last, not 0."""
+    first = train(tiny_model, tmp_path / "first")
+    second = train(
+        tiny_model,
+        tmp_path / "second",
+        lora=LoRASettings(continue_from=str(first.adapter)),
+        settings=replace(SETTINGS, reference="base"),
+    )
+    assert "base model" in second.reference
+    assert second.points[0].margin > first.points[0].margin == 0.0
+    assert second.points[0].loss < math.log(2)
+
+
 @pytest.mark.parametrize("lora", [LoRASettings(dora=True), LoRASettings(rslora=True, r=2)])
 def test_dora_and_rslora_train(tiny_model, tmp_path, lora):
     assert train(tiny_model, tmp_path / "adapter", lora=lora).points[-1].margin > 0

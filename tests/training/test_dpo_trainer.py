@@ -534,6 +534,11 @@ def adapted(seed=3):
     [
         ("adapter off", {}, "the base model (adapter off)"),
         ("adapter copy", {"adapted": True}, "a frozen copy of the adapter as it is now"),
+        (
+            "base model",
+            {"adapted": True, "adapter_reference": "base"},
+            "the base model, from which the continued adapter has moved already",
+        ),
         ("model copy", {"peft_config": None}, "a frozen copy of the model as it is now"),
         ("given model", {"ref_model": REFERENCE}, "the model given as ref_model"),
         ("none", {"loss_type": "simpo", "beta": 2.0}, "not used by these losses"),
@@ -566,7 +571,7 @@ def test_the_reference_is_stated_and_does_not_move(kind, options, said, tmp_path
     with trainer.reference.reference.active() as model:
         assert not any(m.training for m in model.modules())
     first = trainer.state.log_history[0]
-    if kind == "given model":
+    if kind in ("given model", "base model"):
         assert abs(first["rewards/margins"]) > 1e-3
     else:
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
