@@ -23,7 +23,9 @@ from prefopt.flow_stages import (
     AdapterOff,
     Lazy,
     answer_stage,
+    checked_inputs,
     comparison_stage,
+    opened_run,
     preference_stages,
     spent_usd,
 )
@@ -146,7 +148,7 @@ def run_classic_flow(
     from prefopt.data.general import load_general
     from prefopt.data.preference_data import load_preferences
     from prefopt.data.preflight import preflight
-    from prefopt.data.prompts import load_prompts, plain_texts, split_by_prompt
+    from prefopt.data.prompts import plain_texts
     from prefopt.errors import DataError
     from prefopt.evaluation.eval_report import (
         EvalReport,
@@ -155,42 +157,18 @@ def run_classic_flow(
         write_report,
     )
     from prefopt.evaluation.perplexity import perplexity
-    from prefopt.judges import load_judge
-    from prefopt.models import load_model, merge_adapter, model_fingerprint, resolve_device
-    from prefopt.runs import Run
+    from prefopt.models import load_model, merge_adapter
     from prefopt.training.checkpoints import whole_folder
     from prefopt.training.ppo import load_ppo_log, train_ppo
     from prefopt.training.ppo_health import diagnose_ppo
     from prefopt.training.reward import evaluate_reward_model, train_reward
     from prefopt.training.reward_report import RewardReport
     from prefopt.training.sft import train_sft
-    from prefopt.types import Prompt
 
-    judge = load_judge(
-        config.judge,
-        rubric=config.rubric,
-        max_usd=config.max_usd,
-        transport=config.transport,
-        prices=config.prices,
-    )
-    prompts = load_prompts(config.prompts)
-    share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
-    train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
+    judge, train, held_out, weights = checked_inputs(config)
     own = None if config.preferences is None else load_preferences(config.preferences)
     replay = None if config.replay is None else load_general(config.replay, held_out=held_out)
-    resolve_device(config.device)
-    weights = model_fingerprint(config.model)
-
-    plain = msgspec.to_builtins(config)
-    plain.pop("out")
-    # Another limit, other prices or another way to ask continue the run.
-    for free in ("max_usd", "prices", "transport"):
-        plain.pop(free)
-    with Run(config.out, plain, on_change=on_change) as run:
-        train = run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
-        held_out = run.records(
-            "held_out_prompts", Prompt, lambda _: held_out, depends_on={"prompts": held_out}
-        )
+    with opened_run(config, train, held_out, on_change) as run:
         base = Lazy(lambda: load_model(config.model, device=config.device))
         labels = None
         if own is None:

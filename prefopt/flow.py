@@ -18,7 +18,9 @@ from prefopt.flow_stages import (
     AdapterOff,
     Lazy,
     answer_stage,
+    checked_inputs,
     comparison_stage,
+    opened_run,
     preference_stages,
     spent_usd,
 )
@@ -111,7 +113,6 @@ def run_flow(
     from prefopt.data.general import OWN_ANSWERS, load_general
     from prefopt.data.preference_data import save_preferences
     from prefopt.data.preflight import preflight
-    from prefopt.data.prompts import load_prompts, split_by_prompt
     from prefopt.data.records import write_bytes
     from prefopt.evaluation.eval_report import (
         EvalReport,
@@ -120,40 +121,16 @@ def run_flow(
         write_report,
     )
     from prefopt.evaluation.evaluate import measure_forgetting, training_curve
-    from prefopt.judges import load_judge
-    from prefopt.models import load_model, model_fingerprint, resolve_device
-    from prefopt.runs import Run
+    from prefopt.models import load_model
     from prefopt.training.dpo import load_training_log, train_dpo
     from prefopt.training.health import diagnose
-    from prefopt.types import Prompt
 
     ledger = Path(config.out) / LEDGER
-    judge = load_judge(
-        config.judge,
-        rubric=config.rubric,
-        max_usd=config.max_usd,
-        transport=config.transport,
-        prices=config.prices,
-    )
-    prompts = load_prompts(config.prompts)
-    share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
-    train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
+    judge, train, held_out, weights = checked_inputs(config)
     general: Any = config.dpo.replay  # a name, or the rows that it names
     if general is not None and general != OWN_ANSWERS:
         general = load_general(general, held_out=held_out)
-    resolve_device(config.device)
-    weights = model_fingerprint(config.model)
-
-    plain = msgspec.to_builtins(config)
-    plain.pop("out")
-    # Another limit, other prices or another way to ask continue the run.
-    for free in ("max_usd", "prices", "transport"):
-        plain.pop(free)
-    with Run(config.out, plain, on_change=on_change) as run:
-        train = run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
-        held_out = run.records(
-            "held_out_prompts", Prompt, lambda _: held_out, depends_on={"prompts": held_out}
-        )
+    with opened_run(config, train, held_out, on_change) as run:
         base = Lazy(lambda: load_model(config.model, device=config.device))
         judged, preferences = preference_stages(
             run, config, train, judge, base, weights, progress=progress

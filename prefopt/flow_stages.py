@@ -10,16 +10,18 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from prefopt.models import LanguageModel
+import msgspec
+
+from prefopt.models import Device, LanguageModel
 from prefopt.sampling.candidates import SamplingSettings
 
 if TYPE_CHECKING:
     from prefopt.judges import Judge
     from prefopt.preferences import Preferences
     from prefopt.runs import Run
-    from prefopt.types import Candidate, JudgedComparison, Prompt
+    from prefopt.types import Candidate, Comparison, JudgedComparison, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +53,124 @@ class LabelledByJudge(Protocol):
         """Of the sampling."""
 
 
+class FlowSettings(LabelledByJudge, Protocol):
+    """What every flow's configuration says about prompts, model and judge."""
+
+    @property
+    def out(self) -> str:
+        """The run's folder."""
+
+    @property
+    def prompts(self) -> str:
+        """A name that `load_prompts` takes."""
+
+    @property
+    def held_out(self) -> float:
+        """Prompts kept for the report: a number, or a share below 1."""
+
+    @property
+    def model(self) -> str:
+        """The base model's name."""
+
+    @property
+    def judge(self) -> str:
+        """A name that `load_judge` takes."""
+
+    @property
+    def rubric(self) -> str:
+        """What better means."""
+
+    @property
+    def max_usd(self) -> float | None:
+        """The most that a paid judge may spend."""
+
+    @property
+    def prices(self) -> str | None:
+        """A file of prices."""
+
+    @property
+    def transport(self) -> Literal["auto", "sync", "batch"]:
+        """How Anthropic is asked."""
+
+    @property
+    def device(self) -> Device:
+        """Where models run."""
+
+
+class Inputs(NamedTuple):
+    """What a flow starts from; `weights` is the base model's fingerprint."""
+
+    judge: Judge
+    train: list[Prompt]
+    held_out: list[Prompt]
+    weights: str
+
+
+def checked_inputs(config: FlowSettings) -> Inputs:
+    """Find judge, prompts, device and model, so that what is wrong with them is said first.
+
+    Raises:
+        DataError, ModelError, JudgeError: as the loaders raise them. No folder is made by then.
+    """
+    from prefopt.data.prompts import load_prompts, split_by_prompt
+    from prefopt.judges import load_judge
+    from prefopt.models import model_fingerprint, resolve_device
+
+    judge = load_judge(
+        config.judge,
+        rubric=config.rubric,
+        max_usd=config.max_usd,
+        transport=config.transport,
+        prices=config.prices,
+    )
+    prompts = load_prompts(config.prompts)
+    share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
+    train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
+    resolve_device(config.device)
+    return Inputs(judge, train, held_out, model_fingerprint(config.model))
+
+
+@contextlib.contextmanager
+def opened_run(
+    config: FlowSettings,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    on_change: Literal["refuse", "redo"],
+) -> Iterator[Run]:
+    """The run's folder with the stages `train_prompts` and `held_out_prompts`, for a block.
+
+    Raises:
+        RunError: the folder holds another run, is in use, or was changed from outside.
+    """
+    from prefopt.runs import Run
+    from prefopt.types import Prompt
+
+    plain = msgspec.to_builtins(config)
+    plain.pop("out")
+    # Another limit, other prices or another way to ask continue the run.
+    for free in ("max_usd", "prices", "transport"):
+        plain.pop(free)
+    with Run(config.out, plain, on_change=on_change) as run:
+        run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
+        run.records(
+            "held_out_prompts", Prompt, lambda _: held_out, depends_on={"prompts": held_out}
+        )
+        yield run
+
+
 def preference_stages(
     run: Run,
     config: LabelledByJudge,
     prompts: Sequence[Prompt],
     judge: Judge,
-    base: Lazy,
+    model: Lazy,
     weights: str,
     *,
     progress: bool,
+    prefix: str = "",
+    seed: int | None = None,
+    choose: Callable[[list[Candidate]], Sequence[Comparison]] | None = None,
+    depends_on: dict[str, Any] | None = None,
 ) -> tuple[list[JudgedComparison], Preferences]:
     """The stages `candidates`, `judged`, `preferences` and `left_out` of a run.
 
@@ -68,48 +179,64 @@ def preference_stages(
         config: how many answers, how sampled, and what counts as a preference.
         prompts: the training prompts.
         judge: compares the answers.
-        base: the model that answers.
+        model: the model that answers.
         weights: its fingerprint.
         progress: show bars.
+        prefix: of the stages' names, for a run that goes through them more than once.
+        seed: of the sampling; None takes the configuration's.
+        choose: which comparisons of the candidates are judged; None judges all.
+        depends_on: what else the candidates and the choice depend on.
     """
     from prefopt.judges import judge_comparisons
     from prefopt.preferences import build_preferences, pair_candidates
     from prefopt.sampling.candidates import sample_candidates
     from prefopt.types import Candidate, JudgedComparison, LeftOut, PreferenceGroup
 
+    more = depends_on or {}
+    seed = config.seed if seed is None else seed
     candidates = run.records(
-        "candidates",
+        f"{prefix}candidates",
         Candidate,
         lambda partial: sample_candidates(
-            prompts, base(), k=config.k, settings=config.sampling, seed=config.seed,
+            prompts, model(), k=config.k, settings=config.sampling, seed=seed,
             partial=partial, progress=progress,
         ),
         depends_on={
             "model": weights,
             "settings": config.sampling,
-            "seed": config.seed,
+            "seed": seed,
             "k": config.k,
             "prompts": run.sha256_of("train_prompts"),
+            **more,
         },
     )  # fmt: skip
     judged = run.records(
-        "judged",
+        f"{prefix}judged",
         JudgedComparison,
         lambda _: judge_comparisons(
-            pair_candidates(candidates), judge, ledger=run.folder / LEDGER, progress=progress
+            (choose or pair_candidates)(candidates),
+            judge,
+            ledger=run.folder / LEDGER,
+            progress=progress,
         ),
-        depends_on={"judge": judge.fingerprint, "candidates": run.sha256_of("candidates")},
+        depends_on={
+            "judge": judge.fingerprint,
+            "candidates": run.sha256_of(f"{prefix}candidates"),
+            **more,
+        },
     )
     preferences = build_preferences(
         judged, min_margin=config.min_margin, pairs_per_prompt=config.pairs_per_prompt
     )
     labels = {
-        "judged": run.sha256_of("judged"),
+        "judged": run.sha256_of(f"{prefix}judged"),
         "pairs_per_prompt": config.pairs_per_prompt,
         "min_margin": config.min_margin,
     }
-    run.records("preferences", PreferenceGroup, lambda _: preferences.groups, depends_on=labels)
-    run.records("left_out", LeftOut, lambda _: preferences.left_out, depends_on=labels)
+    run.records(
+        f"{prefix}preferences", PreferenceGroup, lambda _: preferences.groups, depends_on=labels
+    )
+    run.records(f"{prefix}left_out", LeftOut, lambda _: preferences.left_out, depends_on=labels)
     logger.info("%s", preferences)
     return judged, preferences
 
