@@ -170,7 +170,7 @@ def doubts_about(report: EvalReport) -> list[Doubt]:
     rows.append(
         Doubt(
             name="Smallest difference this test can show",
-            value="none" if rate.mde_points is None else f"{rate.mde_points:.0f} points",
+            value="none" if rate.mde_points is None else f"{_points(rate.mde_points)} points",
             meaning=f"Win rates closer to 50 % than that would usually look like chance with "
             f"{rate.n_prompts} prompts (80 % power).",
         )
@@ -358,12 +358,17 @@ def _power(report: EvalReport) -> str:
     rate = report.win_rate
     if rate.mde_points is None:
         return f"{counted(rate.n_prompts, 'prompt').capitalize()} can show no difference at all."
-    points = max(1, math.ceil(rate.mde_points - 1e-9))
+    points = _points(rate.mde_points)
     return (
         f"{counted(rate.n_prompts, 'prompt').capitalize()} can show {points} points: a win rate of "
         f"{50 - points} % or less, or {50 + points} % or more, would be told from chance four times "
         "in five."
     )
+
+
+def _points(mde_points: float) -> int:
+    """Whole points that can be shown for sure: rounded up."""
+    return max(1, math.ceil(mde_points - 1e-9))
 
 
 def _forgetting(report: EvalReport) -> str:
@@ -528,7 +533,7 @@ def _more_prompts(report: EvalReport) -> str:
     shows = (
         f"With {rate.n_prompts} prompts no difference at all can be shown."
         if rate.mde_points is None
-        else f"With {rate.n_prompts} prompts only a win rate about {rate.mde_points:.0f} points "
+        else f"With {rate.n_prompts} prompts only a win rate about {_points(rate.mde_points)} points "
         "away from 50 % would reliably show."
     )
     if distance == 0:

@@ -187,6 +187,19 @@ def evaluate_model(
         )  # fmt: skip
 
     out.mkdir(parents=True, exist_ok=True)
+    measured = None
+    if (
+        capabilities != "none"
+    ):  # first: a task that does not exist is known before an hour of judging
+        measured = _capabilities(
+            tuned,
+            capabilities,
+            max_drop=max_drop,
+            judge=asked,
+            seed=seed,
+            progress=progress,
+            out=out,
+        )
     answers = {"tuned": answer("tuned", tuned)}
     with tuned.adapter_off() as base:
         answers["base"] = answer("base", replace(base, name=model))
@@ -196,22 +209,14 @@ def evaluate_model(
         compare_answers(answers["tuned"], answers["base"]),
         out, asked, progress, stop, human_labels, to_label,
     )  # fmt: skip
+    if measured is not None:
+        figures["capabilities"] = measured
     figures |= measure_forgetting(tuned)._asdict()
     figures |= _training(adapter, beta)
     figures["shift"] = measure_shift(
         tuned, answers["tuned"], answers["base"], beta=beta,
         sampling=sampling or SamplingSettings(), progress=progress,
     )  # fmt: skip
-    if capabilities != "none":
-        figures["capabilities"] = _capabilities(
-            tuned,
-            capabilities,
-            max_drop=max_drop,
-            judge=asked,
-            seed=seed,
-            progress=progress,
-            out=out,
-        )
     return _report(judged, out, asked, **figures)
 
 

@@ -6,12 +6,25 @@ import struct
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from prefopt.errors import DataError
-from prefopt.evaluation.advice import advice_for, doubts_about, interval, percent, prompts_needed
+from prefopt.evaluation.advice import (
+    advice_for,
+    doubts_about,
+    interval,
+    measured_on,
+    percent,
+    prompts_needed,
+)
+from prefopt.evaluation.capability_report import (
+    CapabilityReport,
+    capability_report,
+    compare_items,
+)
 from prefopt.evaluation.eval_report import (
     CurvePoint,
     EvalReport,
@@ -22,6 +35,12 @@ from prefopt.evaluation.eval_report import (
     report_markdown,
     write_report,
 )
+from prefopt.evaluation.figure import frontier_points
+from prefopt.evaluation.gate import gate_failures
+from prefopt.evaluation.human_labels import check_against_people
+from prefopt.evaluation.model_figures import FrontierPoint, PolicyShift, mean_over_prompts
+from prefopt.evaluation.ranking import rank_models
+from prefopt.evaluation.report_tables import capability_rows, model_rows, ranking_rows
 from prefopt.evaluation.sequential import SequentialResult
 from prefopt.evaluation.win_rate import mde_points
 from prefopt.judges.rubric import HOUSE_STYLE, Rubric
@@ -37,6 +56,7 @@ from prefopt.types import (
     Usage,
     Verdict,
 )
+from tests.evaluation.judgements import scored
 
 HOSTILE = """<script>alert("x")</script>'"><img src=x onerror=alert(1)> {{ 7 * 7 }} ``` | $x$"""
 
@@ -392,7 +412,28 @@ def test_whatever_a_model_or_person_wrote_is_shown_as_text() -> None:
         seeds={HOSTILE: 1},
         details={HOSTILE: HOSTILE},
         created_at=HOSTILE,
-    )
+        ranking=rank_models(
+            [
+                scored(float(i % 2), prompt=f"q{i}", a=f"{HOSTILE} {a}", b=f"{HOSTILE} {b}")
+                for a, b in (("1", "2"), ("2", "3"), ("1", "3"))
+                for i in range(9)
+            ]
+        ),
+        shift=PolicyShift(
+            kl=mean_over_prompts([1.0, 2.0], ["a", "b"]), kl_per_token=1.0,
+            on_base_answers=mean_over_prompts([1.0, 2.0], ["a", "b"]), beta=0.1, sampled=HOSTILE,
+            n_answers=2, n_too_long=0,
+        ),
+        frontier=[
+            FrontierPoint(
+                name=HOSTILE, kl=mean_over_prompts([1.0], ["a"]), win_rate=0.5, low=0.4, high=0.6
+            )
+        ],
+        capabilities=capability_report(
+            [compare_items(HOSTILE, HOSTILE, HOSTILE, [1.0, 0.0], [1.0, 1.0])],
+            engine=HOSTILE, base_model=HOSTILE, tuned_model=HOSTILE, left_out=[HOSTILE],
+        ),
+    )  # fmt: skip
     html = report_html(report)
     page = Page(html)
     assert page.tags["script"] == page.tags["img"] == 0
@@ -419,10 +460,223 @@ def test_a_partial_report_leaves_out_what_it_does_not_know(tmp_path: Path) -> No
     paths = write_report(report, tmp_path)
     page = Page(paths["html"].read_text())
     assert "Whether it forgot anything was not measured." in page.text
-    for absent in ("Training", "Health of the run", "Labels trained on", "Perplexity"):
+    for absent in (
+        "Training",
+        "Health of the run",
+        "Labels trained on",
+        "Ranking",
+        "could do before",
+    ):
         assert absent not in page.text
         assert absent not in paths["md"].read_text()
+    rows = {row.name: row for row in model_rows(report)}
+    for name in (
+        "KL to the reference (nats an answer)",
+        "Implicit reward",
+        "Margin, chosen over rejected",
+        "Perplexity",
+    ):
+        assert (rows[name].before, rows[name].after) == ("not measured", "not measured")
+        assert rows[name].meaning
+    people = [d for d in doubts_about(report) if d.name == "By people's standard"]
+    assert people[0].value == "not measured"
     assert page.tags["svg"] == 2
+
+
+def capabilities() -> CapabilityReport:
+    """Arithmetic is lost, reasoning is not shown to change, and one task could not run."""
+    return capability_report(
+        [
+            compare_items("arithmetic", "Arithmetic", "exact_match", [1.0] * 60 + [0.0] * 40,
+                          [1.0] * 40 + [0.0] * 60, n_tasks=2),
+            compare_items("reasoning", "Reasoning", "exact_match", [1.0, 0.0] * 20, [1.0, 0.0] * 20,
+                          n_tasks=2),
+        ],
+        engine="lm-eval 0.4.13", base_model="base", tuned_model="tuned", left_out=["arc: no hub"],
+    )  # fmt: skip
+
+
+def rich_report(**changes: Any) -> EvalReport:
+    """Everything that can be measured, and was."""
+    judged_pairs = results(win=30, tie=2, loss=8)
+    rows = [
+        {
+            "prompt": pair.comparison.prompt.text,
+            "response_a": pair.comparison.a.text,
+            "response_b": pair.comparison.b.text,
+            "label": "A",
+        }
+        for pair in judged_pairs[::2]
+    ]
+    ids = [str(i) for i in range(40)]
+    shift = PolicyShift(
+        kl=mean_over_prompts([float(i % 5) for i in range(40)], ids), kl_per_token=0.2,
+        on_base_answers=mean_over_prompts([-float(i % 3) for i in range(40)], ids), beta=0.1,
+        sampled="at temperature 0.7", n_answers=40, n_too_long=0,
+    )  # fmt: skip
+    given: dict[str, Any] = {
+        "human": check_against_people(judged_pairs, rows),
+        "shift": shift,
+        "frontier": [
+            FrontierPoint(name="SFT", kl=shift.on_base_answers, win_rate=0.6, low=0.5, high=0.7)
+        ],
+        "capabilities": capabilities(),
+        "training": TRAINING,
+        "perplexity_base": 20.0,
+        "perplexity_tuned": 20.1,
+    }
+    return build_report(judged_pairs, **{**given, **changes})
+
+
+def test_a_lost_skill_is_named_with_both_figures_and_what_to_do() -> None:
+    report = rich_report()
+    advice = advice_for(report)
+    assert advice.level == "caution"
+    assert advice.forgetting.startswith("It lost arithmetic (60 % to 40 %). 1 other task shows no")
+    (step,) = [s for s in advice.next_steps if "arithmetic" in s]
+    assert "replay" in step
+    assert "docs/forgetting.md" in step
+    first, second = capability_rows(report)
+    assert (first.title, first.verdict, first.level) == ("Arithmetic", "dropped", "problem")
+    assert first.change == "\u221220.0 (\u221227.8 to \u221211.4)"  # Bonett and Price
+    assert "40 items can show" in second.verdict
+    page = Page(report_html(report))
+    assert "Left out: arc: no hub" in page.text
+    assert "The gate fails" in page.text
+    assert "Arithmetic" in report_markdown(report)
+    kept = msgspec.structs.replace(report.capabilities, tasks=report.capabilities.tasks[1:])
+    fine = advice_for(msgspec.structs.replace(report, capabilities=kept))
+    assert fine.forgetting.startswith("No loss shown on 1 task")
+
+
+def test_power_is_said_in_words() -> None:
+    # 240 prompts, 56 % of them ties: see docs/evaluation-statistics.md.
+    report = build_report(results(win=53, loss=53, tie=134))
+    assert advice_for(report).power.startswith(
+        "240 prompts can show 7 points: a win rate of 43 % or less, or 57 % or more"
+    )
+    assert advice_for(build_report(results(win=1))).power == (
+        "1 prompt can show no difference at all."
+    )
+
+
+def test_every_figure_says_what_it_was_measured_on() -> None:
+    basis = measured_on(rich_report())
+    assert basis.startswith("40 prompts, judged in both orders")
+    assert "the order decided in 0 %" in basis
+    assert "judge right on 78 %" in basis
+    assert "of 20 human labels" in basis
+    assert basis.endswith("80 verdicts, $0.80")
+    page = report_html(rich_report())
+    assert page.count("of 20 human labels") >= 4  # headline, two drawings, doubts
+    assert "judge not checked against people here" in measured_on(full_report())
+
+
+def test_people_overrule_the_judge() -> None:
+    pairs = results(win=34, loss=6)
+    rows = [
+        {
+            "prompt": p.comparison.prompt.text,
+            "response_a": p.comparison.a.text,
+            "response_b": p.comparison.b.text,
+            "label": "AB"[i % 2],
+        }
+        for i, p in enumerate(pairs[:30])
+    ]
+    report = build_report(pairs, human=check_against_people(pairs, rows))
+    advice = advice_for(report)
+    assert advice.level == "caution"
+    assert any(
+        s.startswith("By people's standard no difference is shown") for s in advice.next_steps
+    )
+    assert any("not shown to be better than a coin" in s for s in advice.next_steps)
+
+
+def test_more_refusals_are_a_caution() -> None:
+    pairs = [
+        judged(
+            i, "win", after="I'm sorry, but I can't help with that." if i < 9 else f"Yes {i} a b c"
+        )
+        for i in range(40)
+    ]
+    advice = advice_for(build_report(pairs))
+    assert any("It refuses more often: 9 of 40 answers, before 0" in s for s in advice.next_steps)
+
+
+def test_the_models_figures_say_reward_kl_margin_and_variety() -> None:
+    rows = {row.name: row for row in model_rows(rich_report())}
+    kl = rows["KL to the reference (nats an answer)"]
+    assert kl.after.startswith("2.0 (")
+    assert "0.20 nats a token" in kl.meaning
+    assert (rows["Implicit reward"].before, rows["Implicit reward"].after) == ("-0.10", "+0.20")
+    assert rows["Margin, chosen over rejected"].after == "+1.60"
+    assert rows["Refusals"].after == "0 (0 %)"
+    without = rich_report()
+    assert without.shift is not None
+    unknown = msgspec.structs.replace(
+        without, shift=msgspec.structs.replace(without.shift, beta=None)
+    )
+    row = {r.name: r for r in model_rows(unknown)}["Implicit reward"]
+    assert row.after == "not measured"
+    assert "--beta" in row.meaning
+
+
+def test_the_picture_of_win_rate_and_kl_starts_at_the_base_model() -> None:
+    points = frontier_points(rich_report())
+    assert [p.name for p in points] == ["base", "SFT", "tuned"]
+    assert (points[0].kl.value, points[0].win_rate) == (0.0, 0.5)
+    html = report_html(rich_report())
+    assert "KL 2.0, win rate 78 %" in html
+    assert frontier_points(full_report()) == []
+    assert "distance from the base model" not in report_html(full_report())
+
+
+def test_a_ranking_is_a_table_a_picture_and_every_pair() -> None:
+    pairs = [
+        scored(score, prompt=f"q{i}", a=a, b=b, text_a=f"{a} {i}", text_b=f"{b} {i} words")
+        for a, b, wins in (("sft", "base", 20), ("dpo", "base", 28), ("dpo", "sft", 23))
+        for i in range(40)
+        for score in [float(i < wins)]
+    ]
+    main_pair = [
+        p for p in pairs if (p.comparison.a.model, p.comparison.b.model) == ("dpo", "base")
+    ]
+    report = build_report(main_pair, ranking=rank_models(pairs))
+    page = Page(report_html(report))
+    assert "Ranking of 3 models" in page.text
+    assert "How often the model of the row beats that of the column" in page.text
+    assert [row.model for row in ranking_rows(report)] == ["dpo", "sft", "base"]
+    assert page.tags["svg"] == 3
+    assert "| dpo |" in report_markdown(report)
+    # A model that won all has no limit; the picture stays readable and says so.
+    always = [*pairs, *(scored(1.0, prompt=f"q{i}", a="best", b="dpo") for i in range(40))]
+    unbounded = msgspec.structs.replace(report, ranking=rank_models(always))
+    assert ranking_rows(unbounded)[0].elo.endswith("*")
+    assert "cannot be told" in Page(report_html(unbounded)).text
+
+
+def test_a_report_written_before_these_figures_still_loads() -> None:
+    content = (Path(__file__).parent / "data" / "eval_report_0.1.json").read_bytes()
+    old = msgspec.json.decode(content, type=EvalReport)
+    assert old.capabilities is None
+    assert old.answer_figures is None
+    page = Page(report_html(old))
+    assert "not part of this report" in page.text.lower()
+    assert report_markdown(old)
+
+
+def test_the_gate_fails_for_a_worse_model_a_lost_skill_and_a_rate_that_is_not_shown() -> None:
+    good = build_report(results(win=30, loss=2))
+    assert gate_failures(good) == []
+    assert gate_failures(good, min_win_rate=0.7) == []
+    (short,) = gate_failures(good, min_win_rate=0.9)
+    assert "not shown to reach 90 %" in short
+    (worse,) = gate_failures(build_report(results(win=2, loss=30)), min_win_rate=0.5)
+    assert worse.startswith("the tuned model is worse")
+    (lost,) = gate_failures(msgspec.structs.replace(good, capabilities=capabilities()))
+    assert lost.startswith("Arithmetic dropped from 60 % to 40 % on 100 items")
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        gate_failures(good, min_win_rate=70)
 
 
 def test_all_answers_are_on_the_page_and_those_beyond_the_first_8_are_folded() -> None:

@@ -1,4 +1,4 @@
-"""Evaluating answer files: all of them, or until the result is sure."""
+"""Evaluating a model, or the answers of two or more: until sure, with people's labels, with a gate."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.data.records import read_records, write_records
-from prefopt.evaluation.evaluate import evaluate_answers
+from prefopt.errors import DataError
+from prefopt.evaluation.evaluate import compare_models, evaluate_answers, evaluate_model
+from prefopt.evaluation.history import History
 from prefopt.judges.scripted import shortest_wins
-from prefopt.types import Candidate, JudgedComparison, Prompt
+from prefopt.sampling.candidates import SamplingSettings
+from prefopt.types import Candidate, JudgedComparison, Preference, PreferenceGroup, Prompt
 
 
 def sides(n: int) -> tuple[list[Candidate], list[Candidate]]:
@@ -61,3 +64,178 @@ def test_the_command_takes_the_same_option(tmp_path, capsys) -> None:
     assert done == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["stopping"]["n_not_asked"] > 0
+
+
+def three_models(n: int) -> dict[str, list[Candidate]]:
+    """Each shorter than the one before; all answers under one name, as files often have them."""
+    prompts = [Prompt.from_text(f"Question {i}", category="ab"[i % 2]) for i in range(n)]
+    return {
+        name: [
+            Candidate(prompt=p, text=f"{name} " + "word " * (length + (i * 7) % 5), model="?")
+            for i, p in enumerate(prompts)
+        ]
+        for name, length in (("base", 6), ("sft", 5), ("dpo", 4))
+    }
+
+
+def test_three_models_are_ranked_and_the_report_is_about_one_pair(tmp_path, caplog) -> None:
+    with caplog.at_level("INFO"):
+        report = compare_models(
+            three_models(30), tmp_path, judge=shortest_wins(), progress=False, to_label=5
+        )
+    assert "3 models, 3 pairs, 30 prompts: 180 verdicts in both orders" in caplog.text
+    assert (report.base_model, report.tuned_model) == ("base", "dpo")
+    assert report.win_rate.n == 30
+    assert report.ranking is not None
+    assert report.ranking.n == 90
+    assert {m.model for m in report.ranking.models} == {"base", "sft", "dpo"}
+    assert report.ranking_at_equal_style is not None
+    assert report.title == "dpo against base, and 3 models ranked"
+    assert set(report.win_rate.by_category) == {"a", "b"}
+    assert len(read_records(tmp_path / "judged_all.jsonl", JudgedComparison)) == 90
+    assert len(read_records(tmp_path / "judged.jsonl", JudgedComparison)) == 30
+    assert len((tmp_path / "to_label.jsonl").read_text().splitlines()) == 5
+    html = (tmp_path / "report.html").read_text()
+    assert "Ranking of 3 models" in html
+    # A history takes the pair that the report is about.
+    with History(tmp_path / "h.sqlite") as history:
+        assert history.add(tmp_path).n == 30
+
+
+def test_models_can_be_held_against_one_baseline_only(tmp_path) -> None:
+    report = compare_models(
+        three_models(20), tmp_path, judge=shortest_wins(), progress=False, pairs="baseline",
+        baseline="sft", tuned="base",
+    )  # fmt: skip
+    assert (report.base_model, report.tuned_model) == ("sft", "base")
+    assert report.ranking is not None
+    assert report.ranking.n == 40
+    pair = report.ranking.win_rate_of("dpo", "base")
+    assert pair.n == 0  # never compared, ranked through the baseline
+    assert pair.win_rate > 0.5
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "words"),
+    [
+        (["base"], {}, "at least two models"),
+        (["base", "dpo"], {"baseline": "gpt"}, "baseline 'gpt' is none of"),
+        (["base", "dpo", "sft"], {"stop": "decided"}, "for two models"),
+        (["base", "dpo"], {"baseline": "dpo", "tuned": "dpo"}, "both 'dpo'"),
+    ],
+)
+def test_models_that_cannot_be_compared_are_refused(names, options, words, tmp_path) -> None:
+    models = three_models(3)
+    with pytest.raises(ValueError, match=words):
+        compare_models(
+            {name: models[name] for name in names}, tmp_path, judge=shortest_wins(), **options
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_with_other_prompts_are_refused_by_name(tmp_path) -> None:
+    models = three_models(3)
+    models["sft"] = models["sft"][:2]
+    with pytest.raises(DataError, match="0 sft and 1 base"):
+        compare_models(models, tmp_path, judge=shortest_wins(), progress=False)
+
+
+def answer_files(folder: Path, n: int = 60) -> dict[str, str]:
+    """The three models' answers as files."""
+    paths = {}
+    for name, answers in three_models(n).items():
+        paths[name] = str(folder / f"{name}.jsonl")
+        write_records(paths[name], answers)
+    return paths
+
+
+def test_the_command_ranks_takes_labels_and_keeps_the_gate(tmp_path, capsys) -> None:
+    paths = answer_files(tmp_path)
+    command = ["evaluate", *(f"--answers.{n}={p}" for n, p in paths.items()),
+               "--judge", "scripted:shortest", "--out", str(tmp_path / "r")]  # fmt: skip
+    assert main([*command, "--to_label", "30"]) == 0
+    assert "place 1" in capsys.readouterr().out
+    to_label = tmp_path / "r" / "to_label.jsonl"
+    rows = [json.loads(line) for line in to_label.read_text().splitlines()]
+    for row in rows:
+        row["label"] = "A" if row["response_a"].startswith("dpo") else "B"
+    to_label.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gate = ["--human_labels", str(to_label), "--gate", "--min_win_rate"]
+    assert main([*command, *gate, "0.5"]) == 0
+    assert "By people's standard:" in capsys.readouterr().out
+    assert main([*command, *gate, "0.99"]) == 3
+    assert "the gate is not passed" in capsys.readouterr().err
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert report["human"]["people_rate"] == 1.0
+    assert report["human"]["agreement"]["n"] == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--min_win_rate", "0.5"], "add --gate"),
+        (["--answers.a", "x", "--adapter", "y"], "--answers stands alone"),
+        (["--baseline", "x"], "--baseline names one of --answers"),
+        (["--answers.a", "x", "--answers.b", "y", "--capabilities", "offline"], "needs the model"),
+        (["--answers.a", "nowhere.jsonl", "--answers.b", "y"], "nowhere.jsonl"),
+        ([], "needs the tuned adapter"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_work(options, words, tmp_path, capsys) -> None:
+    assert main(["evaluate", "--out", str(tmp_path / "r"), *options]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_missing_labels_are_noticed_before_judging(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        evaluate_answers(
+            *sides(5),
+            tmp_path / "r",
+            judge=shortest_wins(),
+            human_labels=tmp_path / "nowhere.jsonl",
+        )
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_model_is_measured_with_its_adapter_on_and_off(tmp_path) -> None:
+    """With a tiny model: KL, implicit reward, the training log, and nothing sampled twice."""
+    from prefopt.training.dpo import DPOSettings, train_dpo
+    from tests.tiny_models import save_tiny_model
+
+    model = save_tiny_model(tmp_path / "tiny", context=1024)
+    prompts = [Prompt.from_text(f"What is {i}?") for i in range(6)]
+    groups = [
+        PreferenceGroup(
+            prompt=p,
+            answers=(
+                Candidate(prompt=p, text="one", model="m"),
+                Candidate(prompt=p, text="two", model="m"),
+            ),
+            preferences=(Preference(chosen=0, rejected=1, p_chosen=1.0),),
+        )
+        for p in prompts
+    ]
+    train_dpo(
+        groups, model, tmp_path / "adapter", device="cpu", progress=False,
+        settings=DPOSettings(learning_rate=1e-2, batch_size=3),
+    )  # fmt: skip
+    options = {
+        "judge": shortest_wins(), "device": "cpu", "progress": False, "beta": 0.1,
+        "sampling": SamplingSettings(max_new_tokens=8),
+    }  # fmt: skip
+    out = tmp_path / "report"
+    report = evaluate_model(prompts, model, tmp_path / "adapter", out, **options)
+    assert report.shift is not None
+    assert report.shift.kl.n_prompts == 6
+    assert report.shift.kl.value != 0.0
+    assert report.shift.reward == pytest.approx(0.1 * report.shift.kl.value)
+    assert report.training[-1].margin is not None
+    assert report.answer_figures is not None
+    assert report.capabilities is None
+    assert "distance from the base model" in (out / "report.html").read_text()
+    kept = {p.name: p.read_bytes() for p in out.glob(".answers_*.partial")}
+    assert len(kept) == 2
+    again = evaluate_model(prompts, model, tmp_path / "adapter", out, **options)
+    assert {p.name: p.read_bytes() for p in out.glob(".answers_*.partial")} == kept
+    assert again.answers == report.answers
