@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefopt.classic_flow import ClassicConfig as ClassicConfig
+    from prefopt.online_flow import OnlineConfig as OnlineConfig
+    from prefopt.online_flow import run_online_flow as run_online_flow
     from prefopt.classic_flow import run_classic_flow as run_classic_flow
     from prefopt.data.dataset_card import dataset_card as dataset_card
     from prefopt.data.demonstrations import Demonstration as Demonstration
@@ -92,6 +94,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ClassicConfig": "classic_flow",
+    "OnlineConfig": "online_flow",
+    "run_online_flow": "online_flow",
     "run_classic_flow": "classic_flow",
     "dataset_card": "data.dataset_card",
     "Demonstration": "data.demonstrations",

@@ -22,6 +22,7 @@ from prefopt.flow import FlowConfig, run_flow
 from prefopt.forgetting_flow import ForgettingConfig, run_forgetting_flow
 from prefopt.label_job import LabelConfig
 from prefopt.models import BaseQuantization, Device, DType, LoRASettings
+from prefopt.online_flow import OnlineConfig, run_online_flow
 from prefopt.plan import PlanConfig
 from prefopt.sampling.candidates import SamplingSettings
 from prefopt.serving.gguf_file import GGUFType
@@ -43,6 +44,7 @@ The same way in steps, each reading the file that the last one wrote:
   prefopt train dpo --preferences labels/preferences.jsonl --model Qwen/Qwen3-0.6B --out adapter
   prefopt evaluate  --prompts held_out.jsonl --model Qwen/Qwen3-0.6B --adapter adapter --out report
 
+DPO in rounds, on the policy's own newest answers: prefopt online --out runs/online
 The classic path instead of DPO (SFT, reward model, PPO): prefopt classic --out runs/classic
 
 Will it fit, and how long will it take? prefopt plan --model Qwen/Qwen3-8B --gpus H100-80GB
@@ -595,6 +597,17 @@ def run(config: FlowConfig, on_change: Literal["refuse", "redo"]) -> None:
     _tell(run_flow(config, on_change=on_change), f"{config.out}/report")
 
 
+def online(config: OnlineConfig, on_change: Literal["refuse", "redo"]) -> None:
+    """DPO in rounds: each judges and learns from answers of the policy so far.
+
+    Example: prefopt online --out runs/online --model demo --judge rules:house_style --rounds 3
+    """
+    report = run_online_flow(config, on_change=on_change)
+    _tell(report, f"{config.out}/report")
+    for name, value in report.details.items():
+        print(f"{name}: {value}")
+
+
 def classic(config: ClassicConfig, on_change: Literal["refuse", "redo"]) -> None:
     """The classic path: SFT, reward model, PPO, report, in one folder that can be continued.
 
@@ -1039,6 +1052,8 @@ def build_parser() -> Any:
     commands.add_subcommand("plan", sub, help=_summary(plan))
     sub = _run_command("prefopt run --out FOLDER [options]", _text(run), FlowConfig)
     commands.add_subcommand("run", sub, help=_summary(run))
+    sub = _run_command("prefopt online --out FOLDER [options]", _text(online), OnlineConfig)
+    commands.add_subcommand("online", sub, help=_summary(online))
     sub = _run_command("prefopt classic --out FOLDER [options]", _text(classic), ClassicConfig)
     commands.add_subcommand("classic", sub, help=_summary(classic))
     judge = _parser("prefopt judge COMMAND [options]", _JUDGE_DESCRIPTION)
@@ -1206,9 +1221,18 @@ def run_recipe(
     return _guarded(lambda: _run_any(config_class(**values), on_change))
 
 
+_FLOWS: dict[str, type[FlowConfig] | type[ClassicConfig]] = {
+    "run": FlowConfig,
+    "online": OnlineConfig,
+    "classic": ClassicConfig,
+}
+
+
 def _run_any(config: FlowConfig | ClassicConfig, on_change: Literal["refuse", "redo"]) -> None:
     if isinstance(config, ClassicConfig):
         classic(config, on_change)
+    elif isinstance(config, OnlineConfig):
+        online(config, on_change)
     elif isinstance(config, ForgettingConfig):
         from prefopt.evaluation.forgetting import forgetting_table
 
@@ -1263,10 +1287,9 @@ def _dispatch(parsed: Any) -> None:
     if name == "train":
         name, options = f"train_{options.method}", options[options.method]
     values = {key: value for key, value in vars(options).items() if key != "config"}
-    if name in ("run", "classic"):
+    if name in _FLOWS:
         on_change = values.pop("on_change")
-        config_class = FlowConfig if name == "run" else ClassicConfig
-        _run_any(config_class(**values), on_change)
+        _run_any(_FLOWS[name](**values), on_change)
         return
     if name == "plan":
         as_json = values.pop("json")

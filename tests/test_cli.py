@@ -21,6 +21,7 @@ from prefopt.flow import FlowConfig
         ["evaluate"],
         ["run"],
         ["classic"],
+        ["online"],
         ["merge"],
     ]
     + [["judge", s] for s in ("estimate", "label", "resume", "report", "calibrate", "export")],
@@ -88,6 +89,19 @@ def test_a_recipe_has_its_own_defaults_and_the_command_s_options(capsys, tmp_pat
 
     assert run_recipe(Recipe, ["--out", str(tmp_path / "r"), "--k", "1"]) == 1
     assert "k must be at least 2" in capsys.readouterr().err
+
+
+def test_the_recipe_of_dpo_in_rounds_is_short_and_takes_the_flow_s_options(capsys, monkeypatch):
+    import importlib
+
+    from prefopt.online_flow import OnlineConfig
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+    recipe = importlib.import_module("online_dpo")
+    assert len(Path(recipe.__file__).read_text().splitlines()) <= 60
+    assert issubclass(recipe.Online, OnlineConfig)
+    assert run_recipe(recipe.Online, ["--rounds", "0"]) == 1
+    assert "rounds must be at least 1" in capsys.readouterr().err
 
 
 def test_the_recipe_of_the_classic_path_is_short_and_takes_the_flow_s_options(capsys, monkeypatch):

@@ -152,8 +152,12 @@ ANSWERS = [answer(text) for text in ("a", "b", "c")]
 
 @pytest.mark.parametrize(
     ("pairing", "expected"),
-    [("confident", [{"a", "c"}]), ("uncertain", [{"a", "b"}]), ("all", [{"a", "b"}, {"a", "c"}, {"b", "c"}])],
-)  # fmt: skip
+    [
+        ("confident", [{"a", "c"}]),
+        ("uncertain", [{"a", "b"}]),
+        ("all", [{"a", "b"}, {"a", "c"}, {"b", "c"}]),
+    ],
+)
 def test_pairs_chosen_by_rewards(pairing, expected):
     found = widest_pairs(ANSWERS, [0.0, 0.5, 2.0], pairing)
     assert [{c.a.text, c.b.text} for c in found] == expected
