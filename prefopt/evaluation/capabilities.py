@@ -222,6 +222,13 @@ def _measure(
                 pairs.append([_score_task(name, task, side, settings, store) for side in sides])
             except _DoesNotFitError as error:
                 left_out.append(f"{name}: {error}")
+            except (PrefoptError, RuntimeError):  # ours, and torch's, such as memory that ran out
+                raise
+            except Exception as error:  # whatever a task's own functions can raise
+                raise DataError(
+                    f"lm-eval failed on the task {name}: {_told(error)}. Mend the task or leave it "
+                    "out. Tasks that were finished are kept where a folder was given."
+                ) from error
     if WRITING in wanted.names:
         assert judge is not None  # _find_tasks has made sure
         written = _compare_writing(sides, judge, settings, store)
@@ -395,7 +402,7 @@ def _load_tasks(wanted: _Wanted) -> tuple[dict[str, Any], list[str]]:
             try:
                 # Paths of data files are meant from where the YAML lies.
                 with contextlib.chdir(folder):
-                    loaded |= manager.load([name])["tasks"]
+                    loaded |= _fit(manager.load([name])["tasks"])
             except Exception as error:  # whatever a user's YAML and functions can raise
                 problems.append(f"{folder}: task {name}: {_told(error)}")
     if problems:
@@ -409,12 +416,23 @@ def _load_tasks(wanted: _Wanted) -> tuple[dict[str, Any], list[str]]:
                         if place
                         else TaskManager()
                     )
-                    loaded |= manager.load([name])["tasks"]
+                    loaded |= _fit(manager.load([name])["tasks"])
                 except Exception as error:  # the Hub, builders and tasks fail in many classes
                     why = "" if reachable else "; the hub cannot be reached from here"
                     left_out.append(f"{name}: {_told(error)}{why}")
     order = {name: i for i, name in enumerate(wanted.names)}
     return dict(sorted(loaded.items(), key=lambda pair: order.get(pair[0], len(order)))), left_out
+
+
+def _fit(tasks: dict[str, Any]) -> dict[str, Any]:
+    """The same tasks; ValueError where one cannot be asked or compared here."""
+    for task in tasks.values():
+        _item_metric(task)
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ValueError("it runs code that the model writes, which prefopt does not")
+        if getattr(task, "MULTIMODAL", False):
+            raise ValueError("it shows pictures or plays sound, which a language model cannot take")
+    return tasks
 
 
 def _told(error: BaseException) -> str:
@@ -560,7 +578,7 @@ def _score_task(
     started = time.monotonic()
     title = str(config.get("task_alias") or name)
     samples = _ask(name, title, task, side, settings)
-    metric = _item_metric(task, samples[0])
+    metric = _item_metric(task)
     items = tuple(_item_score(task, sample, metric) for sample in samples)
     odd = sum(not math.isfinite(item.score) for item in items)
     if odd:
@@ -590,11 +608,11 @@ def _ask(
     """The engine's record of each item, for the first of the task's answer filters."""
     from lm_eval.evaluator import evaluate
 
+    was_training = side.loaded.model.training
     lm = _language_model(side.loaded, f"{title} ({side.side})", settings)
     templated = side.loaded.tokenizer.chat_template is not None
     # Both models see the same examples: the engine draws them anew each time it asks.
     task.set_fewshot_seed(settings.seed)
-    was_training = side.loaded.model.training
     try:
         with side.active():
             results = evaluate(
@@ -694,21 +712,20 @@ _LOSSES = {
 }
 
 
-def _item_metric(task: Any, sample: Mapping[str, Any]) -> _Metric:
+def _item_metric(task: Any) -> _Metric:
     """The first of the task's metrics that is a mean over items.
 
     Raises:
-        DataError: it has none, such as a task with an F1 over all items; no paired test is possible.
+        ValueError: it has none, such as a task with an F1 over all items; no paired test is possible.
     """
-    for metric in sample["metrics"]:
+    for metric, aggregation in task.aggregation().items():
         if metric in _LOSSES:
             return _Metric(metric, _LOSSES[metric][0], False)
-        aggregation = getattr(task.aggregation().get(metric), "__name__", "")
-        if aggregation in ("mean", "nanmean") and isinstance(sample[metric], int | float):
+        if getattr(aggregation, "__name__", "") in ("mean", "nanmean"):
             return _Metric(metric, metric, bool(task.higher_is_better().get(metric, True)))
-    raise DataError(
-        f"task {task.task_name} has no metric that is a mean over items (it has "
-        f"{', '.join(sample['metrics'])}), so that the two models could be compared item by item."
+    raise ValueError(
+        f"none of its metrics ({', '.join(task.aggregation())}) is a mean over items, so the two "
+        "models cannot be compared item by item"
     )
 
 
