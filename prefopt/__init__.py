@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefopt.classic_flow import ClassicConfig as ClassicConfig
-    from prefopt.online_flow import OnlineConfig as OnlineConfig
-    from prefopt.online_flow import run_online_flow as run_online_flow
     from prefopt.classic_flow import run_classic_flow as run_classic_flow
     from prefopt.data.dataset_card import dataset_card as dataset_card
     from prefopt.data.demonstrations import Demonstration as Demonstration
@@ -34,6 +32,9 @@ if TYPE_CHECKING:
     from prefopt.data.prompts import split_by_prompt as split_by_prompt
     from prefopt.data.records import read_records as read_records
     from prefopt.data.records import write_records as write_records
+    from prefopt.evaluation.capabilities import compare_capabilities as compare_capabilities
+    from prefopt.evaluation.capabilities import measure_capabilities as measure_capabilities
+    from prefopt.evaluation.capability_report import CapabilityReport as CapabilityReport
     from prefopt.evaluation.eval_report import EvalReport as EvalReport
     from prefopt.evaluation.eval_report import write_report as write_report
     from prefopt.evaluation.evaluate import evaluate_answers as evaluate_answers
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from prefopt.models import LoRASettings as LoRASettings
     from prefopt.models import load_model as load_model
     from prefopt.models import merge_adapter as merge_adapter
+    from prefopt.online_flow import OnlineConfig as OnlineConfig
+    from prefopt.online_flow import run_online_flow as run_online_flow
     from prefopt.plan import PlanConfig as PlanConfig
     from prefopt.plan import plan_training as plan_training
     from prefopt.preferences import build_preferences as build_preferences
@@ -112,6 +115,9 @@ _HOMES = {
     "split_by_prompt": "data.prompts",
     "read_records": "data.records",
     "write_records": "data.records",
+    "compare_capabilities": "evaluation.capabilities",
+    "measure_capabilities": "evaluation.capabilities",
+    "CapabilityReport": "evaluation.capability_report",
     "EvalReport": "evaluation.eval_report",
     "write_report": "evaluation.eval_report",
     "evaluate_answers": "evaluation.evaluate",
