@@ -78,6 +78,7 @@ def test_prompts_of_unlike_lengths_together_and_apart():
 
 def test_each_prompt_is_read_once():
     model, fed = tiny_policy(), []
+    engine(model).sample([(8, 9)], 1, seed=0)  # finds out, once a model, how it can be run
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
     )

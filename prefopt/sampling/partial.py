@@ -1,0 +1,71 @@
+"""Finished answers of a call that may be killed, kept until the whole is done.
+
+A line of the file holds the answers of one batch under a key that covers everything they depend on, so
+that a file of another call is of no effect. A line torn by a kill is cut off.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from prefopt.types import Candidate
+
+
+class _Batch(msgspec.Struct, frozen=True):
+    key: str
+    candidates: list[Candidate]
+
+
+class PartialAnswers:
+    """The batches in a file; with `path=None` nothing is kept.
+
+    Raises:
+        DataError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._done = {} if self._path is None else _read(self._path)
+
+    def get(self, key: str) -> list[Candidate] | None:
+        """The answers of a finished batch."""
+        return self._done.get(key)
+
+    def add(self, key: str, candidates: list[Candidate]) -> None:
+        """Keep the answers of a batch."""
+        self._done[key] = candidates
+        if self._path is None:
+            return
+        from prefopt.data.records import unwritable
+
+        try:
+            with self._path.open("ab") as file:
+                file.write(msgspec.json.encode(_Batch(key=key, candidates=candidates)) + b"\n")
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+
+def _read(path: Path) -> dict[str, list[Candidate]]:
+    from prefopt.data.records import unwritable
+
+    done: dict[str, list[Candidate]] = {}
+    if not path.exists():
+        return done
+    good = 0
+    try:
+        with path.open("r+b") as file:
+            for line in file:
+                try:
+                    batch = msgspec.json.decode(line, type=_Batch)
+                except (msgspec.MsgspecError, ValueError):
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                done[batch.key] = batch.candidates
+                good += len(line)
+            file.truncate(good)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return done
