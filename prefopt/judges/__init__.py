@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -78,16 +77,9 @@ def load_judge(
             prices=own_prices.get(argument),
         )
     if kind == "openai" and argument:
-        from prefopt.judges.openai import OpenAIJudge, is_local
+        from prefopt.judges.openai import OpenAIJudge, is_local, split_address
 
-        # A model's name may hold an "@" of its own.
-        model, at, rest = argument.rpartition("@http")
-        model, base_url = (model, "http" + rest) if at else (argument, None)
-        if base_url is None and re.search(r"@([^@/]+:\d+|localhost)(/|$)", argument):
-            raise ValueError(
-                f"the address of a server begins with http:// or https://, got {spec!r}. Write it as "
-                "openai:<model>@http://localhost:8000/v1."
-            )
+        model, base_url = split_address(argument)
         price = own_prices.get(model)
         if price is None and (max_usd == math.inf or is_local(base_url)):
             max_usd = None  # nothing to limit: the limit is for the job's other judge

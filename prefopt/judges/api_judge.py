@@ -27,7 +27,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -114,6 +114,32 @@ class Halted(Exception):
     """The run was stopped by another request; this one must not send any more."""
 
 
+class Asker(Protocol):
+    """What `Asking` needs of whoever asks over a network: a judge, or a model that answers prompts."""
+
+    name: str
+    concurrency: int
+    max_attempts: int
+    max_usd: float | None
+    sleep: Callable[[float], Awaitable[None]]
+    spent_usd: float
+
+    def larger(self, request: Request) -> Request | None:
+        """The same request with room for a longer reply; None where there is no second try."""
+
+    async def send(self, client: Any, request: Request) -> Reply:
+        """Send once, without retries. Raises Unanswered or JudgeUnavailable."""
+
+    def said_by(self, reply: Reply) -> dict[str, Any]:
+        """What a reply says, as fields of an outcome."""
+
+    def outcome(self, usage: Usage, said: dict[str, Any]) -> Any:
+        """The outcome that the ledger keeps; `said` is `said_by`'s or `failed`'s."""
+
+    def stopped_at_limit(self, book: Ledger, needed_usd: float, finished: int) -> BudgetExceeded:
+        """The error that says what was spent, what is kept, and how to go on."""
+
+
 class ApiJudge(Judge):
     """A judge that asks over a network.
 
@@ -190,6 +216,14 @@ class ApiJudge(Judge):
     def settings(self) -> dict[str, Any]:
         """What all requests share, for the ledger's records."""
         return {"model": self.model, "rubric": self.rubric.text}
+
+    def said_by(self, reply: Reply) -> dict[str, Any]:
+        """The verdict in a reply, as fields of a `Verdict`."""
+        return said_by(reply)
+
+    def outcome(self, usage: Usage, said: dict[str, Any]) -> Verdict:
+        """A verdict, or the failure that came instead."""
+        return Verdict(judge=self.name, usage=usage, **said)
 
     def answer(self, asked: Iterator[Asked], book: Ledger, told: Told) -> int:
         """Ask everything that is not answered or claimed by others, into the ledger.
@@ -317,11 +351,11 @@ class Asking:
 
     def __init__(
         self,
-        judge: ApiJudge,
+        judge: Asker,
         client: Any,
         jobs: Iterator[Job],
         book: Ledger,
-        told: Callable[[str, Verdict], Any],
+        told: Callable[[str, Any], Any],
     ) -> None:
         self.judge = judge
         self.client = client
@@ -355,8 +389,8 @@ class Asking:
             raise self.judge.stopped_at_limit(self.book, self.stop.needed_usd, self.finished)
         if self.stop is not None:
             raise JudgeUnavailable(
-                f"{self.judge.name}: {self.stop} {self.finished:,} asked just now; their verdicts "
-                "are kept."
+                f"{self.judge.name}: {self.stop} {self.finished:,} asked just now; what they brought "
+                "is kept."
             )
         return self.left_to_others
 
@@ -387,7 +421,7 @@ class Asking:
         except (JudgeUnavailable, OutOfBudget, Halted) as error:
             self._stop(error)
             if bills:  # paid for, so it must show up in the records
-                message = "Judging stopped before this comparison had a whole answer."
+                message = "Asking stopped before there was a whole answer."
                 await self._tell(key, failed("unavailable", message), bills, ())
             else:
                 self.book.unclaim(key)
@@ -405,7 +439,7 @@ class Asking:
         self, key: str, said: dict[str, Any], bills: list[Usage], attempts: tuple[Attempt, ...]
     ) -> None:
         usage = bills[0] if len(bills) == 1 else total_usage(bills)
-        verdict = Verdict(judge=self.judge.name, usage=usage, **said)
+        verdict = self.judge.outcome(usage, said)
         await self.desk.write(lambda: self.book.record(key, self.judge.name, verdict, attempts))
         self.changed.set()
         told = self.told(key, verdict)
@@ -422,13 +456,13 @@ class Asking:
             self._stop(
                 JudgeUnavailable(
                     f"the first {self.finished} requests were all rejected, so the rest would be: "
-                    f"{problem} Check the judge's settings."
+                    f"{problem} Check the settings."
                 )
             )
         elif self.unanswered_in_a_row == self._OUTAGE:
             self._stop(
                 JudgeUnavailable(
-                    f"{self._OUTAGE} comparisons in a row had no answer after "
+                    f"{self._OUTAGE} questions in a row had no answer after "
                     f"{self.judge.max_attempts} tries each, the last: {problem} Run again later."
                 )
             )
@@ -456,7 +490,7 @@ class Asking:
                 self._count_attempt(key, answered(reply, "truncated", request=request.shown))
                 reply = await self._persist(key, larger, bills, epoch, reserved=False)
         self.spending -= 1
-        return {**said_by(reply), "attempt": answered(reply, request=request.shown)}
+        return {**self.judge.said_by(reply), "attempt": answered(reply, request=request.shown)}
 
     async def _persist(
         self, key: str, request: Request, bills: list[Usage], epoch: int, *, reserved: bool

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -125,6 +125,9 @@ class Ledger:
     Raises:
         DataError: the file cannot be opened or written, or is not a ledger of this version.
     """
+
+    outcome_type: ClassVar[Any] = Verdict
+    """What a question's outcome is; a subclass may keep another type with `failure` and `usage`."""
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = path
@@ -249,7 +252,7 @@ class Ledger:
                 (*some, *values),
             )
             for key, verdict in rows:
-                found[key] = msgspec.json.decode(verdict, type=Verdict)
+                found[key] = msgspec.json.decode(verdict, type=self.outcome_type)
         return found
 
     def was_truncated(self, key: str) -> bool:

@@ -595,6 +595,24 @@ def _is_under(host: str, parents: Iterable[str]) -> bool:
     return any(host == parent or host.endswith(f".{parent}") for parent in parents)
 
 
+def split_address(argument: str) -> tuple[str, str | None]:
+    """The model and the address in "<model>@<base_url>"; without an address it is None.
+
+    Raises:
+        ValueError: an address that does not begin with http:// or https://.
+    """
+    # A model's name may hold an "@" of its own.
+    model, at, rest = argument.rpartition("@http")
+    if at:
+        return model, "http" + rest
+    if re.search(r"@([^@/]+:\d+|localhost)(/|$)", argument):
+        raise ValueError(
+            f"the address of a server begins with http:// or https://, got 'openai:{argument}'. Write "
+            "it as openai:<model>@http://localhost:8000/v1."
+        )
+    return argument, None
+
+
 def is_local(base_url: str | None) -> bool:
     """Whether a judge of this address asks a machine of one's own or of one's network."""
     address = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL

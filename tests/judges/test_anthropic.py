@@ -760,7 +760,7 @@ def test_an_outage_stops_the_run():
     fake = FakeAnthropic(prefer_good)
     fake.faults = [None, *[status_fault(503)] * 1000]
     kept = []
-    with pytest.raises(JudgeUnavailable, match=r"10 comparisons in a row .*Run again later"):
+    with pytest.raises(JudgeUnavailable, match=r"10 questions in a row .*Run again later"):
         take(fake_judge(fake, concurrency=1, max_attempts=2).verdicts(numbered(100)), kept)
     assert [v.failure for _, v in kept] == [None, *["api_error"] * 10]
     assert len(fake.requests) == 1 + 20

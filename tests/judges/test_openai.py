@@ -1032,7 +1032,7 @@ def test_an_outage_stops_the_run():
     fake = FakeOpenAI(prefer_good)
     fake.faults = [None, *[refused_connection] * 1000]
     kept = []
-    with pytest.raises(JudgeUnavailable, match=r"10 comparisons in a row .*ConnectError"):
+    with pytest.raises(JudgeUnavailable, match=r"10 questions in a row .*ConnectError"):
         take(fake_judge(fake, concurrency=1, max_attempts=2).verdicts(numbered(100)), kept)
     assert [v.failure for _, v in kept] == [None, *["api_error"] * 10]
 
