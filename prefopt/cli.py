@@ -6,7 +6,9 @@ that no argument has is an error. Nothing is computed here.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -58,39 +60,53 @@ Every command has its own --help. A command that was stopped goes on when it is 
 def sample(
     out: str,
     prompts: str = "everyday",
-    model: str = "demo",
+    model: str | list[str] = "demo",
     adapter: str | None = None,
     k: int = 4,
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
     seed: int = 0,
     device: Device = "auto",
+    max_usd: float | None = None,
+    prices: str | None = None,
 ) -> None:
-    """Sample K answers to each prompt.
+    """Sample K answers to each prompt, from one model or from several into one pool.
 
     Example: prefopt sample --prompts prompts.jsonl --model demo --k 4 --out candidates.jsonl
 
     Args:
-        out: JSONL file for the answers, one a line. Unfinished work is kept in `<out>.partial`.
+        out: JSONL file for the answers, one a line. Unfinished work is kept in `<out>.partial`, and
+            answers of an API, which may be paid for, in `<out>.partial.sqlite`.
         prompts: "everyday" (built in), a .jsonl, .json, .parquet or .txt file, or a Hub dataset.
-        model: "demo", a folder, or a Hub id.
+        model: "demo", a folder, or a Hub id; "vllm:<model>", "openai:<model>@<base_url>" or
+            "anthropic:<model>". Several, as "[one, two]" or with --model for each, make a pool.
         adapter: a LoRA adapter to sample with.
-        k: answers a prompt; two or more are needed to compare them.
+        k: answers a prompt and model; two or more are needed to compare them.
         sampling: temperature, lengths, batch size.
         seed: the same seed gives the same answers on the same machine.
         device: "auto" takes a GPU where there is one.
+        max_usd: the most that paid models' answers may cost together, however often the command is
+            continued, in US dollars.
+        prices: JSON file with prices by model, as in `prefopt judge label`.
     """
     from pathlib import Path
 
     from prefopt.data.prompts import load_prompts
     from prefopt.data.records import write_records
-    from prefopt.models import load_model
     from prefopt.sampling.candidates import sample_candidates
 
     asked = load_prompts(prompts)
-    loaded = load_model(model, adapter=adapter, device=device)
     partial = Path(f"{out}.partial")
     candidates = sample_candidates(
-        asked, loaded, k=k, settings=sampling, seed=seed, partial=partial
+        asked,
+        model,
+        k=k,
+        settings=sampling,
+        seed=seed,
+        adapter=adapter,
+        device=device,
+        max_usd=max_usd,
+        prices=prices,
+        partial=partial,
     )
     write_records(out, candidates)
     partial.unlink(missing_ok=True)
@@ -1169,10 +1185,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _flushed():
             parser = build_parser()
-            parsed = parser.parse_args(arguments)
+            parsed = parser.parse_args(_several_models(arguments))
     except _Unread:
         return _UNREAD
     return _guarded(lambda: _dispatch(parser.instantiate(parsed)))
+
+
+def _several_models(arguments: list[str] | None) -> list[str] | None:
+    """`prefopt sample --model one --model two` as one option: argparse would keep the last alone."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] != ["sample"]:
+        return arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", action="append", default=[])
+    found, rest = parser.parse_known_args(given)
+    return given if len(found.model) < 2 else [*rest, "--model", json.dumps(found.model)]
 
 
 _UNREAD = 141  # as shells count it: 128 and SIGPIPE's number
