@@ -1,10 +1,12 @@
 """The command line: it teaches, refuses what it does not know, and does what the library does."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from prefopt.cli import build_parser, main, run_recipe
@@ -170,3 +172,45 @@ def test_the_help_is_there_at_once():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for heavy in ("torch", "transformers", "trl", "peft", "datasets", "anthropic", "matplotlib"):
         assert f"'{heavy}'" not in out.stdout
+
+
+@pytest.mark.parametrize("command", [["--help"], ["history", "list"]])
+def test_output_that_nobody_reads_to_its_end_is_no_error(command, tmp_path):
+    """As `prefopt history list | head -1`: no traceback, and the shells' code for a closed pipe."""
+    from prefopt.evaluation.eval_report import build_report
+    from prefopt.evaluation.history import History
+    from tests.evaluation.judgements import scored
+
+    report = build_report([scored(1.0)])
+    (tmp_path / "report.json").write_bytes(msgspec.json.encode(report))
+    with History(tmp_path / "h.sqlite") as history:
+        history.add(tmp_path)
+    options = ["--history", str(tmp_path / "h.sqlite")] if command == ["history", "list"] else []
+    code = (
+        "import sys\n"
+        "from prefopt.cli import main\n"
+        "sys.stdin.readline()\n"  # waits until the reader is gone
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *command, *options],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        process.stdin.write("go\n")
+        process.stdin.close()
+        said = process.stderr.read()
+    assert said == ""
+    assert process.returncode == 141
+
+
+def test_another_broken_pipe_is_not_hidden(monkeypatch):
+    from prefopt import cli
+
+    def fails():
+        raise BrokenPipeError("a server went away")
+
+    monkeypatch.setattr(cli, "_nobody_reads", lambda: False)
+    with pytest.raises(BrokenPipeError, match="server"):
+        cli._guarded(fails)
