@@ -188,9 +188,8 @@ def evaluate_model(
 
     out.mkdir(parents=True, exist_ok=True)
     measured = None
-    if (
-        capabilities != "none"
-    ):  # first: a task that does not exist is known before an hour of judging
+    # First: a task that does not exist is noticed before an hour of judging.
+    if capabilities != "none":
         measured = _capabilities(
             tuned,
             capabilities,
