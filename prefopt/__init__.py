@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from prefopt.models import LoRASettings as LoRASettings
     from prefopt.models import load_model as load_model
     from prefopt.models import merge_adapter as merge_adapter
+    from prefopt.training.online_dpo_trainer import OnlineDPOConfig as OnlineDPOConfig
+    from prefopt.training.online_dpo_trainer import OnlineDPOTrainer as OnlineDPOTrainer
     from prefopt.online_flow import OnlineConfig as OnlineConfig
     from prefopt.online_flow import run_online_flow as run_online_flow
     from prefopt.plan import PlanConfig as PlanConfig
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "ClassicConfig": "classic_flow",
     "OnlineConfig": "online_flow",
+    "OnlineDPOConfig": "training.online_dpo_trainer",
+    "OnlineDPOTrainer": "training.online_dpo_trainer",
     "run_online_flow": "online_flow",
     "run_classic_flow": "classic_flow",
     "dataset_card": "data.dataset_card",

@@ -9,6 +9,8 @@ answer and without padding; A is answers; L is the longest answer's tokens.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -170,3 +172,49 @@ def adapted_kl_coef(
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coef * max(1.0 + error * n_answers / horizon, 0.0)
+
+
+class OnlinePairs(NamedTuple):
+    """What DPO makes of groups of scored answers: one pair a group, its best against its worst."""
+
+    weights: Tensor  # (A,) what the gradient of an answer's log-probability is multiplied with
+    losses: Tensor  # (P,) of the pairs
+    margins: Tensor  # (P,) implicit reward of the better answer minus that of the worse
+
+
+def online_dpo_pairs(scores: Tensor, log_ratios: Tensor, group: Tensor, beta: float) -> OnlinePairs:
+    """DPO on the best and the worst answer of each group (Guo et al. 2024, arXiv:2402.04792, eq. 2).
+
+        L = -log sigmoid(m),   m = beta (h_best - h_worst),   h = log pi - log ref
+        dL/dtheta = -w (grad log pi(best) - grad log pi(worst)),   w = beta sigmoid(-m)
+
+    So where the policy has not moved since it answered, its DPO gradient is a policy gradient whose
+    advantages are +w for the best answer, -w for the worst, and 0 for the others.
+
+    Args:
+        scores: (A,); of equal scores the first answer counts.
+        log_ratios: (A,) of whole answers, in nats.
+        group: (A,) number of each answer's group, from 0.
+        beta: the strength of the pull to the reference, above 0.
+
+    Returns:
+        Groups whose scores are all the same have no pair, and their answers the weight 0.
+    """
+    weights = torch.zeros_like(log_ratios)
+    best, worst = [], []
+    for number in range(int(group.max()) + 1 if group.numel() else 0):
+        members = (group == number).nonzero()[:, 0]
+        if members.numel() == 0:
+            continue
+        mine = scores[members]
+        high, low = members[mine.argmax()], members[mine.argmin()]
+        if scores[high] > scores[low]:
+            best.append(high)
+            worst.append(low)
+    if not best:
+        return OnlinePairs(weights, log_ratios.new_zeros(0), log_ratios.new_zeros(0))
+    high, low = torch.stack(best), torch.stack(worst)
+    margins = beta * (log_ratios[high] - log_ratios[low])
+    pull = beta * torch.sigmoid(-margins)
+    weights[high], weights[low] = pull, -pull
+    return OnlinePairs(weights, -torch.nn.functional.logsigmoid(margins), margins)

@@ -16,6 +16,7 @@ from prefopt.advantages import (
     leave_one_out_advantages,
     moments,
     normalised_group_advantages,
+    online_dpo_pairs,
     token_rewards,
     whiten,
 )
@@ -154,3 +155,26 @@ def test_the_kl_coefficient_follows_its_target():
     assert adapted_kl_coef(0.1, 600.0, **how) == pytest.approx(0.1 * 1.02)  # the error is clipped
     assert adapted_kl_coef(0.1, -3.0, **how) == pytest.approx(0.1 * 0.98)
     assert adapted_kl_coef(0.1, 0.0, target=6.0, horizon=1.0, n_answers=100) == 0.0
+
+
+def test_online_dpo_pairs_by_hand():
+    """Best against worst of each group; a group without a difference has none."""
+    found = online_dpo_pairs(
+        torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0]),
+        torch.tensor([0.5, 2.5, 9.0, 1.0, 2.0]),
+        torch.tensor([0, 0, 0, 1, 1]),
+        beta=0.5,
+    )
+    pull = 0.5 / (1 + math.exp(1.0))  # margin 0.5 (2.5 - 0.5) = 1
+    torch.testing.assert_close(found.margins, torch.tensor([1.0]))
+    torch.testing.assert_close(found.losses, torch.tensor([math.log1p(math.exp(-1.0))]))
+    torch.testing.assert_close(found.weights, torch.tensor([-pull, pull, 0.0, 0.0, 0.0]))
+
+
+def test_online_dpo_weights_are_the_gradient():
+    torch.manual_seed(0)
+    ratios = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    group = torch.arange(12) // 3
+    found = online_dpo_pairs(torch.randn(12), ratios, group, beta=0.3)
+    (gradient,) = torch.autograd.grad(found.losses.sum(), ratios)
+    torch.testing.assert_close(gradient, -found.weights.detach())

@@ -122,6 +122,12 @@ class Experience:
     whole: tuple[MicroBatch, ...]  # all answers once
     epochs: dict[int, list[tuple[MicroBatch, ...]]] = field(default_factory=dict)
 
+    def groups(self) -> Tensor:
+        """A number for each answer (A,), the same for answers to the same prompt, from 0."""
+        ids: dict[tuple[int, ...], int] = {}
+        group = [ids.setdefault(self.prompt_ids[i], len(ids)) for i in self.prompt_of]
+        return torch.tensor(group, device=self.lengths.device)
+
 
 class PlannedStep(NamedTuple):
     """What one call of `training_step` does, and the counts of the whole optimiser step."""
@@ -408,8 +414,9 @@ class PPOTrainer(transformers.Trainer):
         self._check_start(experience.logps, reference)
         self._log_answers(sampled, scores, kept, kl)
         penalties = self.kl_coef * self.kl_penalties(experience.logps, reference)
-        rewards = token_rewards(penalties, self._given(score, ended), experience.lengths)
-        self._set_advantages(experience, rewards)
+        given = self._given(score, ended)
+        rewards = token_rewards(penalties, given, experience.lengths)
+        self._set_advantages(experience, rewards, given, kl)
         sums = {"objective/scores": score, "objective/kl": kl}
         for name, values in (("non_score_reward", -penalties), ("rlhf_reward", rewards)):
             sums[f"objective/{name}"] = sum_by_answer(values, experience.answer_of, len(kept))
@@ -514,7 +521,17 @@ class PPOTrainer(transformers.Trainer):
         """
         return kl_k1(logps, ref_logps)
 
-    def _set_advantages(self, experience: Experience, rewards: Tensor) -> None:
+    def _set_advantages(
+        self, experience: Experience, rewards: Tensor, scores: Tensor, log_ratios: Tensor
+    ) -> None:
+        """Fill in advantages and returns.
+
+        Args:
+            experience: with log-probabilities and values.
+            rewards: (R,) of tokens, KL penalties among them.
+            scores: (A,) of answers, as given.
+            log_ratios: (A,) log pi - log ref of whole answers, in nats.
+        """
         args, lengths, answer_of = self.args, experience.lengths, experience.answer_of
         if args.needs_value:
             if args.whiten_rewards:
@@ -530,11 +547,7 @@ class PPOTrainer(transformers.Trainer):
             advantages = rows[place]
             experience.returns = advantages + experience.values
         else:
-            ids: dict[tuple[int, ...], int] = {}
-            group = [
-                ids.setdefault(experience.prompt_ids[i], len(ids)) for i in experience.prompt_of
-            ]
-            groups = torch.tensor(group, device=rewards.device)
+            groups = experience.groups()
             whole = sum_by_answer(rewards, answer_of, lengths.numel())
             rloo = args.advantage_estimator == "rloo"
             estimate = leave_one_out_advantages if rloo else normalised_group_advantages
