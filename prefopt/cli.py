@@ -461,19 +461,13 @@ def evaluate(
             seed=seed,
             device=device,
             beta=beta,
-            capabilities=_tasks(capabilities),
+            capabilities=capabilities,
             max_drop=max_drop,
             **options,
         )
     _tell(report, out)
     if gate and (failures := gate_failures(report, min_win_rate=min_win_rate)):
         raise GateFailed("the gate is not passed: " + "; ".join(failures) + ".")
-
-
-def _tasks(text: str) -> str | list[str]:
-    """ "none" and "offline" as they are, other names as a list."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    return text if text in ("none", "offline") else names
 
 
 def advise(

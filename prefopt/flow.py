@@ -55,6 +55,8 @@ class FlowConfig:
         sampling: how answers are sampled, for training and for the report.
         lora: which adapter is trained.
         dpo: how it is trained.
+        capabilities: what else the model must still do: "offline" for the built-in tasks, or names of
+            tasks, separated by commas, answered before and after; "none" measures nothing.
         device: "auto" takes a GPU where there is one.
         seed: of the split, the sampling, the adapter and the order of training.
     """
@@ -74,6 +76,7 @@ class FlowConfig:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     lora: LoRASettings = field(default_factory=LoRASettings)
     dpo: DPOSettings = field(default_factory=DPOSettings)
+    capabilities: str = "none"
     device: Device = "auto"
     seed: int = 0
 
@@ -114,6 +117,7 @@ def run_flow(
     from prefopt.data.preference_data import save_preferences
     from prefopt.data.preflight import preflight
     from prefopt.data.records import write_bytes
+    from prefopt.evaluation.capabilities import measure_capabilities
     from prefopt.evaluation.eval_report import (
         EvalReport,
         build_report,
@@ -121,6 +125,7 @@ def run_flow(
         write_report,
     )
     from prefopt.evaluation.evaluate import measure_forgetting, training_curve
+    from prefopt.evaluation.policy_shift import measure_shift
     from prefopt.models import load_model
     from prefopt.training.dpo import load_training_log, train_dpo
     from prefopt.training.health import diagnose
@@ -210,8 +215,17 @@ def run_flow(
                 preflight=checked.to_text().splitlines(),
                 cost_usd=spent_usd(ledger),
                 seeds={"run": config.seed},
+                shift=measure_shift(
+                    tuned(), answers_tuned,
+                    beta=dpo.beta if config.lora.continue_from is None else None,
+                    sampling=config.sampling,
+                ),
+                capabilities=None if config.capabilities == "none" else measure_capabilities(
+                    tuned(), tasks=config.capabilities, judge=judge, seed=config.seed,
+                    progress=progress, out=run.folder / ".partial" / "capabilities",
+                ),
                 **measure_forgetting(tuned())._asdict(),
-            )
+            )  # fmt: skip
             write_report(report, folder)
 
         folder = run.path(
@@ -221,6 +235,7 @@ def run_flow(
             depends_on={
                 "judged": run.sha256_of("judged_held_out"),
                 "adapter": run.sha256_of("adapter"),
+                **({} if config.capabilities == "none" else {"capabilities": config.capabilities}),
             },
         )
         return msgspec.json.decode((folder / "report.json").read_bytes(), type=EvalReport)

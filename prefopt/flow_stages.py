@@ -150,6 +150,7 @@ def opened_run(
     # Another limit, other prices or another way to ask continue the run.
     for free in ("max_usd", "prices", "transport"):
         plain.pop(free)
+    plain.pop("capabilities", None)  # the report depends on them, no other stage does
     with Run(config.out, plain, on_change=on_change) as run:
         run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
         run.records(

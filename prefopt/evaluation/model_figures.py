@@ -90,7 +90,7 @@ class PolicyShift(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             off; elsewhere the same mean over the answers that users see.
         kl_per_token: the sum of those log-ratios over the number of their tokens.
         on_base_answers: the same mean over the base model's answers; below 0 where tuning turned
-            away from them.
+            away from them. None where that was not measured.
         beta: of DPO or PPO, by which log-ratios become rewards; None where it is not known.
         sampled: how the answers were sampled, in words; empty where it is not known.
         n_answers: answers a side, n_too_long of them left out for lack of context.
@@ -98,7 +98,7 @@ class PolicyShift(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     kl: Mean
     kl_per_token: float
-    on_base_answers: Mean
+    on_base_answers: Mean | None
     beta: float | None
     sampled: str
     n_answers: int
@@ -112,7 +112,9 @@ class PolicyShift(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def reward_on_base_answers(self) -> float | None:
         """The same of the base model's answers."""
-        return None if self.beta is None else self.beta * self.on_base_answers.value
+        if self.beta is None or self.on_base_answers is None:
+            return None
+        return self.beta * self.on_base_answers.value
 
 
 class FrontierPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

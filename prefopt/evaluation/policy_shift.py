@@ -111,7 +111,7 @@ def answer_logps(
 def measure_shift(
     tuned: LanguageModel,
     tuned_answers: Sequence[Candidate],
-    base_answers: Sequence[Candidate],
+    base_answers: Sequence[Candidate] = (),
     *,
     beta: float | None = None,
     sampling: SamplingSettings | None = None,
@@ -123,13 +123,14 @@ def measure_shift(
         tuned: the base model with the tuned adapter. The adapter off must be the reference: it is
             not where training went on from another adapter.
         tuned_answers: the tuned model's own answers.
-        base_answers: the base model's answers to the same prompts.
+        base_answers: the base model's answers to the same prompts; none saves half of the time and
+            leaves their reward unmeasured.
         beta: of DPO or PPO, for implicit rewards; None where it is not known.
         sampling: how both were sampled, to be said beside the figures.
         progress: show bars.
 
     Returns:
-        None where no answer of one side fits the model's context.
+        None where none of the tuned model's answers fits the model's context.
 
     Raises:
         ModelError, DataError: as `answer_logps` raises them; ModelError without an adapter.
@@ -154,9 +155,9 @@ def shift_of(
     tuned_on: Sequence[AnswerLogp | None],
     tuned_off: Sequence[AnswerLogp | None],
     tuned_prompts: Sequence[str],
-    base_on: Sequence[AnswerLogp | None],
-    base_off: Sequence[AnswerLogp | None],
-    base_prompts: Sequence[str],
+    base_on: Sequence[AnswerLogp | None] = (),
+    base_off: Sequence[AnswerLogp | None] = (),
+    base_prompts: Sequence[str] = (),
     *,
     beta: float | None = None,
     sampling: SamplingSettings | None = None,
@@ -176,14 +177,16 @@ def shift_of(
             (base_on, base_off, base_prompts),
         )
     ]
-    if not all(ratios):
-        return None
     own, others = ratios
+    if not own:
+        return None
     n_tokens = sum(n for _, n, _ in own)
     return PolicyShift(
         kl=mean_over_prompts([r for r, _, _ in own], [p for _, _, p in own]),
         kl_per_token=sum(r for r, _, _ in own) / n_tokens if n_tokens else 0.0,
-        on_base_answers=mean_over_prompts([r for r, _, _ in others], [p for _, _, p in others]),
+        on_base_answers=mean_over_prompts([r for r, _, _ in others], [p for _, _, p in others])
+        if others
+        else None,
         beta=beta,
         sampled="" if sampling is None else _in_words(sampling),
         n_answers=len(tuned_prompts),

@@ -112,7 +112,7 @@ def model_rows(report: EvalReport) -> list[ModelRow]:
     if shift is None:
         why = "it needs the models, and here only their answers were given"
         rows += [
-            _unmeasured("KL to the reference (nats an answer)", why),
+            _unmeasured("KL to the base model (nats an answer)", why),
             _unmeasured("Implicit reward", why),
         ]
     else:
@@ -121,7 +121,7 @@ def model_rows(report: EvalReport) -> list[ModelRow]:
         sampled = f" Sampled {shift.sampled}." if shift.sampled else ""
         rows.append(
             ModelRow(
-                name="KL to the reference (nats an answer)",
+                name="KL to the base model (nats an answer)",
                 before="0 (it is the reference)",
                 after=_mean(shift.kl),
                 measured_on=taken,
@@ -129,20 +129,23 @@ def model_rows(report: EvalReport) -> list[ModelRow]:
                 f"model does: mean log-ratio (k1), {shift.kl_per_token:.2f} nats a token.{sampled}",
             )
         )
-        if shift.reward is None or shift.reward_on_base_answers is None:
+        if shift.reward is None:
+            base = shift.on_base_answers
+            there = "" if base is None else f" and {base.value:+.1f} on the base model's"
             rows.append(
                 _unmeasured(
                     "Implicit reward",
-                    "beta is not known (--beta); log-ratios are "
-                    f"{shift.on_base_answers.value:+.1f} nats on the base model's answers and "
-                    f"{shift.kl.value:+.1f} on the tuned one's",
+                    f"beta is not known (--beta); log-ratios are {shift.kl.value:+.1f} nats on the "
+                    f"tuned model's answers{there}",
                 )
             )
         else:
             rows.append(
                 ModelRow(
                     name="Implicit reward",
-                    before=f"{shift.reward_on_base_answers:+.2f}",
+                    before="not measured"
+                    if shift.reward_on_base_answers is None
+                    else f"{shift.reward_on_base_answers:+.2f}",
                     after=f"{shift.reward:+.2f}",
                     measured_on=taken,
                     meaning=f"Beta ({shift.beta:g}) times the mean log-ratio of each side's answers.",

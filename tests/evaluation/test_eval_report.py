@@ -471,7 +471,7 @@ def test_a_partial_report_leaves_out_what_it_does_not_know(tmp_path: Path) -> No
         assert absent not in paths["md"].read_text()
     rows = {row.name: row for row in model_rows(report)}
     for name in (
-        "KL to the reference (nats an answer)",
+        "KL to the base model (nats an answer)",
         "Implicit reward",
         "Margin, chosen over rejected",
         "Perplexity",
@@ -605,7 +605,7 @@ def test_more_refusals_are_a_caution() -> None:
 
 def test_the_models_figures_say_reward_kl_margin_and_variety() -> None:
     rows = {row.name: row for row in model_rows(rich_report())}
-    kl = rows["KL to the reference (nats an answer)"]
+    kl = rows["KL to the base model (nats an answer)"]
     assert kl.after.startswith("2.0 (")
     assert "0.20 nats a token" in kl.meaning
     assert (rows["Implicit reward"].before, rows["Implicit reward"].after) == ("-0.10", "+0.20")

@@ -99,6 +99,7 @@ def test_the_shift_is_the_log_ratio_with_the_adapter_on_and_off(tuned: LanguageM
     ratio = {id(c): by_hand(tuned, c) - off[id(c)] for c in [*own, *other]}
     assert any(abs(r) > 0.01 for r in ratio.values())
     assert shift.kl.value == pytest.approx(sum(ratio[id(c)] for c in own) / 2, abs=1e-4)
+    assert shift.on_base_answers is not None
     assert shift.on_base_answers.value == pytest.approx(
         sum(ratio[id(c)] for c in other) / 2, abs=1e-4
     )
@@ -106,6 +107,10 @@ def test_the_shift_is_the_log_ratio_with_the_adapter_on_and_off(tuned: LanguageM
     assert shift.kl_per_token == pytest.approx(2 * shift.kl.value / n_tokens)
     assert shift.reward == pytest.approx(0.5 * shift.kl.value)
     assert shift.sampled == "at temperature 1, up to 256 tokens"
+    alone = measure_shift(tuned, own, beta=0.5)
+    assert alone is not None
+    assert alone.kl.value == pytest.approx(shift.kl.value, abs=1e-4)
+    assert alone.reward_on_base_answers is None
 
 
 def test_k1_over_sampled_answers_is_the_true_divergence() -> None:
