@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from prefopt.evaluation.capability_report import CapabilityReport as CapabilityReport
     from prefopt.evaluation.eval_report import EvalReport as EvalReport
     from prefopt.evaluation.eval_report import write_report as write_report
+    from prefopt.evaluation.evaluate import compare_models as compare_models
     from prefopt.evaluation.evaluate import evaluate_answers as evaluate_answers
     from prefopt.evaluation.evaluate import evaluate_model as evaluate_model
     from prefopt.evaluation.win_rate import win_rate as win_rate
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
     from prefopt.models import LoRASettings as LoRASettings
     from prefopt.models import load_model as load_model
     from prefopt.models import merge_adapter as merge_adapter
-    from prefopt.training.online_dpo_trainer import OnlineDPOConfig as OnlineDPOConfig
-    from prefopt.training.online_dpo_trainer import OnlineDPOTrainer as OnlineDPOTrainer
     from prefopt.online_flow import OnlineConfig as OnlineConfig
     from prefopt.online_flow import run_online_flow as run_online_flow
     from prefopt.plan import PlanConfig as PlanConfig
@@ -74,6 +73,8 @@ if TYPE_CHECKING:
     from prefopt.training.dpo import train_dpo as train_dpo
     from prefopt.training.dpo_trainer import DPOConfig as DPOConfig
     from prefopt.training.dpo_trainer import DPOTrainer as DPOTrainer
+    from prefopt.training.online_dpo_trainer import OnlineDPOConfig as OnlineDPOConfig
+    from prefopt.training.online_dpo_trainer import OnlineDPOTrainer as OnlineDPOTrainer
     from prefopt.training.ppo import PPOSettings as PPOSettings
     from prefopt.training.ppo import train_ppo as train_ppo
     from prefopt.training.ppo_callbacks import PPOHealthWatch as PPOHealthWatch
@@ -124,6 +125,7 @@ _HOMES = {
     "CapabilityReport": "evaluation.capability_report",
     "EvalReport": "evaluation.eval_report",
     "write_report": "evaluation.eval_report",
+    "compare_models": "evaluation.evaluate",
     "evaluate_answers": "evaluation.evaluate",
     "evaluate_model": "evaluation.evaluate",
     "win_rate": "evaluation.win_rate",
