@@ -1,6 +1,6 @@
 """Attention over tree batches: the same result from three backends.
 
-    segments   one call of `scaled_dot_product_attention` a segment; no work on masked pairs. For CPU.
+    segments   a kernel call a segment, and one for a tree's answers and its prompt; no masks. For CPU.
     flex       one `flex_attention` call with a block mask. For CUDA.
     dense      a (T, T) mask for any attention that takes one; `prefopt.trees.tree_mask` makes it.
 
@@ -9,7 +9,7 @@ Pure tensors. Scale and soft-capping are arguments; who calls this is `prefopt.t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -23,6 +23,10 @@ FLEX_BLOCK = 128
 """Tokens along each side of a block of the mask that FlexAttention skips, checks or takes whole."""
 
 _MOST_GRAPHS = 64
+
+# Below it one kernel call an answer with a mask is a tenth faster than calls without, and its memory,
+# prompt times answer, does not matter yet.
+_LONG_PROMPT = 128
 
 
 def segment_attention(
@@ -49,6 +53,10 @@ def segment_attention(
     Returns:
         (1, H, T, D_v).
     """
+    long = max((span.prompt_length for span in spans), default=0) >= _LONG_PROMPT
+    if long and softcap is None and dropout == 0.0 and _has_kernel(query, value):
+        result: Tensor = _SegmentAttention.apply(query, key, value, tuple(spans), scale)
+        return result
     attend = partial(_attend, scale=scale, softcap=softcap, dropout=dropout)
     outputs = []
     for start, prompt_length, answer_lengths, end in ((*span, span.end) for span in spans):
@@ -63,6 +71,88 @@ def segment_attention(
                 continue
             outputs.append(attend(q, torch.cat((keys[0], k), 2), torch.cat((values[0], v), 2)))
     return torch.cat(outputs, dim=2)
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether this is what torch's CPU kernel takes whose log-sums can be had (FlashAttention)."""
+    return bool(query.device.type == "cpu" and query.shape[-1] == value.shape[-1])
+
+
+class _SegmentAttention(torch.autograd.Function):
+    """The same by kernel calls without masks: memory grows with T, whatever the prompt's length.
+
+    An answer's attention to its prompt and to itself are two calls whose results are put together by
+    their log-sums (Dao et al. 2022, arXiv:2205.14135, section 3.1), all answers of a tree reading the
+    prompt in one. Given the log-sums of the whole, the kernel's backward pass gives each call's share.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spans: Sequence[TreeSpan],
+        scale: float | None,
+    ) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        of_sums = torch.promote_types(query.dtype, torch.float32)
+        log_sums = query.new_empty(query.shape[:-1], dtype=of_sums)
+        for queries, keys, causal in _calls(spans):
+            q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+            part, sums = kernel(q, k, v, 0.0, causal, scale=scale)
+            own, own_sums = out[:, :, queries], log_sums[:, :, queries]
+            if causal:
+                own.copy_(part)
+                own_sums.copy_(sums)
+            else:  # these queries have attended to themselves before
+                both = torch.logaddexp(sums, own_sums)
+                own.mul_(own_sums.sub(both).exp_().unsqueeze(-1).to(own.dtype))
+                own.addcmul_(part, sums.sub(both).exp_().unsqueeze(-1).to(own.dtype))
+                own_sums.copy_(both)
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sums = ctx.saved_tensors
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+        for queries, keys, causal in _calls(ctx.spans):
+            at, read = (slice(None), slice(None), queries), (slice(None), slice(None), keys)
+            d_q, d_k, d_v = kernel(
+                grad[at],
+                query[at],
+                key[read],
+                value[read],
+                out[at],
+                log_sums[at],
+                0.0,
+                causal,
+                scale=ctx.scale,
+            )
+            if causal:  # each token is in one such call, which comes first
+                d_query[at], d_key[read], d_value[read] = d_q, d_k, d_v
+            else:
+                d_query[at] += d_q
+                d_key[read] += d_k
+                d_value[read] += d_v
+        return d_query, d_key, d_value, None, None
+
+
+def _calls(spans: Sequence[TreeSpan]) -> Iterator[tuple[slice, slice, bool]]:
+    """Queries, keys, and whether causal: each segment alone, then a tree's answers to its prompt."""
+    for span in spans:
+        answers = span.start + span.prompt_length
+        at = span.start
+        for size in (span.prompt_length, *span.answer_lengths):
+            if size:  # an answer of one token is predicted by the prompt and not fed
+                yield slice(at, at + size), slice(at, at + size), True
+            at += size
+        if span.end > answers and span.prompt_length:
+            yield slice(answers, span.end), slice(span.start, answers), False
 
 
 def _attend(

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prefopt.tree_attention
 from prefopt.tree_attention import flex_attention, flex_block_mask, segment_attention
 from prefopt.trees import AnswerTree, pack_trees, tree_mask
 
@@ -57,9 +58,11 @@ def assert_agree(attend, inputs, spans, tolerance=1e-12, **options):
         )
 
 
+@pytest.mark.parametrize("long_prompt", [0, 128], ids=["without masks", "with masks"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_segments_are_the_masked_attention(shape, kv_heads):
+def test_segments_are_the_masked_attention(shape, kv_heads, long_prompt, monkeypatch):
+    monkeypatch.setattr(prefopt.tree_attention, "_LONG_PROMPT", long_prompt)
     spans = spans_of(shape)
     # A soft cap computes its softmax in float32, as the models that have one do.
     for options, tolerance in (({}, 1e-12), ({"scale": 0.3}, 1e-12), ({"softcap": 1.5}, 1e-5),
@@ -106,6 +109,24 @@ def test_the_dense_mask_is_what_sdpa_takes():
     query, key, value = operands(spans)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, tree_mask(spans))
     torch.testing.assert_close(out, segment_attention(query, key, value, spans))
+
+
+def test_what_long_prompts_keep_grows_with_the_tokens_and_not_with_their_square():
+    def kept(n):
+        spans = spans_of([(n, (n, n // 2))])
+        sizes = {}
+
+        def note(x):
+            sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            segment_attention(*operands(spans), spans)
+        return sum(sizes.values()) / spans[-1].end
+
+    few, many = kept(200), kept(800)
+    assert many == pytest.approx(few, rel=0.01)
+    assert few == 8 * (4 * 8 * 4 + 4)  # query, key, value and output of 4 heads, and their log-sums
 
 
 def test_values_may_have_a_width_of_their_own():
