@@ -140,14 +140,14 @@ def check_against_people(judged: Sequence[JudgedComparison], labels: Source) -> 
         places[pair.prompt.prompt_id, pair.a.text, pair.b.text] = (i, False)
     found: dict[int, Winner] = {}
     elsewhere, problems = 0, []
-    for pair in load_labelled(filled):
-        comparison = pair.comparison
+    for given in load_labelled(filled):
+        comparison = given.comparison
         place = places.get((comparison.prompt.prompt_id, comparison.a.text, comparison.b.text))
         if place is None:
             elsewhere += 1
             continue
         index, exchanged = place
-        label = _OTHER[pair.label] if exchanged else pair.label
+        label = _OTHER[given.label] if exchanged else given.label
         if found.setdefault(index, label) != label:
             problems.append(f"{comparison.prompt.text[:60]!r} has two different labels")
     if problems:
