@@ -122,7 +122,7 @@ def model_rows(report: EvalReport) -> list[ModelRow]:
         rows.append(
             ModelRow(
                 name="KL to the base model (nats an answer)",
-                before="0 (it is the reference)",
+                before="0",
                 after=_mean(shift.kl),
                 measured_on=taken,
                 meaning="How much more likely the tuned model finds its own answers than the base "
@@ -145,22 +145,26 @@ def model_rows(report: EvalReport) -> list[ModelRow]:
                     name="Implicit reward",
                     before="not measured"
                     if shift.reward_on_base_answers is None
-                    else f"{shift.reward_on_base_answers:+.2f}",
-                    after=f"{shift.reward:+.2f}",
+                    else _signed(shift.reward_on_base_answers, 2),
+                    after=_signed(shift.reward, 2),
                     measured_on=taken,
                     meaning=f"Beta ({shift.beta:g}) times the mean log-ratio of each side's answers.",
                 )
             )
-    margins = [p for p in report.training if p.margin is not None and math.isfinite(p.margin)]
+    margins = [
+        (point.step, point.margin, point.accuracy)
+        for point in report.training
+        if point.margin is not None and math.isfinite(point.margin)
+    ]
     if margins:
-        last = margins[-1]
-        accuracy = "" if last.accuracy is None else f", right on {percent(last.accuracy)} of pairs"
+        (first, before, _), (last, after, right) = margins[0], margins[-1]
+        accuracy = "" if right is None else f", right on {percent(right)} of pairs"
         rows.append(
             ModelRow(
                 name="Margin, chosen over rejected",
-                before=f"{margins[0].margin:+.2f}",
-                after=f"{last.margin:+.2f}",
-                measured_on=f"training pairs, steps {margins[0].step} and {last.step}",
+                before=_signed(before, 2),
+                after=_signed(after, 2),
+                measured_on=f"training pairs, steps {first} and {last}",
                 meaning="Lead of the chosen answers in implicit reward, as training logged "
                 f"it{accuracy}.",
             )
@@ -270,5 +274,5 @@ def p_in_words(p_value: float) -> str:
     )
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.0f}".replace("-", "\u2212")
+def _signed(value: float, digits: int = 0) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\u2212")

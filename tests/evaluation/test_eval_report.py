@@ -608,7 +608,7 @@ def test_the_models_figures_say_reward_kl_margin_and_variety() -> None:
     kl = rows["KL to the base model (nats an answer)"]
     assert kl.after.startswith("2.0 (")
     assert "0.20 nats a token" in kl.meaning
-    assert (rows["Implicit reward"].before, rows["Implicit reward"].after) == ("-0.10", "+0.20")
+    assert (rows["Implicit reward"].before, rows["Implicit reward"].after) == ("\u22120.10", "+0.20")
     assert rows["Margin, chosen over rejected"].after == "+1.60"
     assert rows["Refusals"].after == "0 (0 %)"
     without = rich_report()
