@@ -217,7 +217,7 @@ def _reader_problems(
         names = ", ".join(map(str, config["modules_to_save"]))
         both.append(f"whole layers are saved beside the update (modules_to_save: {names}); {merge}")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        both.append(f"biases were trained; {merge}")
+        both.append(f"biases were trained; {merge} (needs layers that have one)")
     if config.get("trainable_token_indices"):
         both.append(f"embeddings of single tokens were trained; {merge}")
     initial = str(config.get("init_lora_weights", "")).lower()
@@ -228,8 +228,8 @@ def _reader_problems(
         )
     if config.get("alpha_pattern"):
         both.append(f"layers have scales of their own, and only one is read; {merge}")
-    named = (config.get("use_dora"), config.get("modules_to_save"), config.get("lora_bias"))
-    if other and not any(named):
+    explained = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
+    if other and not any(config.get(name) for name in explained):
         both.append(
             f"{len(other)} weight(s) are no part of a LoRA update, such as {other[0]}; {merge}"
         )

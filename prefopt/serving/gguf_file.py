@@ -215,7 +215,7 @@ def find_converter(llama_cpp: str | Path | None, script: str = _MODEL_SCRIPT) ->
 
 def _target(out: str | Path) -> Path:
     path = Path(out)
-    if path.suffix != ".gguf" or path.is_dir():
+    if path.suffix != ".gguf" or os.path.isdir(path):
         raise ModelError(f"the output is one .gguf file, got {str(out)!r}.")
     return path
 
@@ -244,6 +244,11 @@ def _convert(script: Path, arguments: list[str], made: Path, type: GGUFType) -> 
     if done.returncode == 0 and made.is_file():
         return
     said = done.stderr.strip().splitlines()
+    if any("ModuleNotFoundError" in line for line in said):
+        raise ModelError(
+            f"llama.cpp's {script.name} needs more than is installed ({said[-1].strip()}): "
+            "pip install 'prefopt[gguf]'."
+        )
     unknown = [line for line in said if "pre-tokenizer was not recognized" in line]
     last = unknown or [line.strip() for line in said if line.strip()][-3:]
     raise ModelError(

@@ -7,6 +7,7 @@ not sent again, so a push that was stopped is called once more and ends the same
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from prefopt.serving.model_card import (
     is_hub_id,
     model_card,
     read_provenance,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -160,7 +162,7 @@ def plan_push(
 
     uploads = []
     if dataset is not None:
-        held = _dataset_files(run_folder, problems)
+        held = _dataset_files(run_folder, provenance.base_model, problems)
         uploads.append(Upload(repo_id=dataset, repo_type="dataset", files=held))
     if files and not problems:
         try:
@@ -335,8 +337,10 @@ def _readable(files: dict[str, bytes | Path]) -> None:
             if name.endswith(".safetensors"):
                 with safe_open(path, framework="numpy"):
                     pass
-            elif name.endswith(".gguf") and path.open("rb").read(4) != b"GGUF":
-                problems.append(f"{name} is no GGUF file")
+            elif name.endswith(".gguf"):
+                with path.open("rb") as file:
+                    if file.read(4) != b"GGUF":
+                        problems.append(f"{name} is no GGUF file")
             elif name.endswith(".json"):
                 json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, SafetensorError) as error:
@@ -367,25 +371,39 @@ def _base_on_hub(
     return None
 
 
-def _dataset_files(run: Path | None, problems: list[str]) -> dict[str, bytes | Path]:
+def _dataset_files(
+    run: Path | None, base_model: str, problems: list[str]
+) -> dict[str, bytes | Path]:
+    """A run's preferences and their card, without the folders that models have on this machine."""
+    from prefopt.data.preference_data import load_preferences
+
     if run is None or not (run / "dataset" / "train.jsonl").is_file():
         problems.append(
             "there is no dataset to push: give the run that made it (run), or use "
             "prefopt.push_preferences"
         )
         return {"README.md": b""}
-    from prefopt.data.preference_data import load_preferences
-
-    files: dict[str, bytes | Path] = {"train.jsonl": run / "dataset" / "train.jsonl"}
+    files: dict[str, bytes | Path] = {}
+    models = {base_model}
     try:
-        load_preferences(str(files["train.jsonl"]))
+        groups = load_preferences(str(run / "dataset" / "train.jsonl"))
+        models |= {answer.model for group in groups for answer in group.answers}
     except DataError as error:
         problems += error.problems or [str(error)]
-    card = run / "dataset" / "README.md"
-    if not card.is_file():
-        problems.append(f"there is no card in {card.parent}")
-        return {"README.md": b""}
-    files["README.md"] = card
+    told = {name: shown(name) for name in sorted(models, key=len, reverse=True)}
+    private = {name: short for name, short in told.items() if name != short}
+    for name in ("train.jsonl", "README.md"):
+        path = run / "dataset" / name
+        if not path.is_file():
+            problems.append(f"there is no {name} in {path.parent}")
+            return {"README.md": b""}
+        files[name] = path
+        if private:
+            text = path.read_text(encoding="utf-8")
+            for long, short in private.items():
+                for written in (long, json.dumps(long)[1:-1]):  # as in Markdown and as in JSON
+                    text = text.replace(written, short)
+            files[name] = text.encode()
     return files
 
 
@@ -404,9 +422,9 @@ def _secrets_in(files: dict[str, bytes | Path]) -> Iterator[str]:
     for name, item in sorted(files.items()):
         if not name.endswith(_TEXT):
             continue
-        lines = item.splitlines() if isinstance(item, bytes) else item.open("rb")
-        for number, line in enumerate(lines, start=1):
-            text = line.decode("utf-8", errors="replace")
-            for kind, pattern in _SECRETS.items():
-                if pattern.search(text):
-                    yield f"{name}, line {number} holds what looks like {kind}"
+        with io.BytesIO(item) if isinstance(item, bytes) else item.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.decode("utf-8", errors="replace")
+                for kind, pattern in _SECRETS.items():
+                    if pattern.search(text):
+                        yield f"{name}, line {number} holds what looks like {kind}"
