@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -36,6 +36,9 @@ from prefopt.training.ppo_health import PPOPoint
 from prefopt.training.reward import RewardSettings
 from prefopt.training.sft import SFTSettings
 from prefopt.types import JudgedComparison, PreferenceGroup
+
+if TYPE_CHECKING:
+    from prefopt.evaluation.model_figures import FrontierPoint, PolicyShift
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +160,7 @@ def run_classic_flow(
         write_report,
     )
     from prefopt.evaluation.perplexity import perplexity
+    from prefopt.evaluation.policy_shift import answer_logps, shift_of
     from prefopt.models import load_model, merge_adapter
     from prefopt.training.checkpoints import whole_folder
     from prefopt.training.ppo import load_ppo_log, train_ppo
@@ -311,12 +315,25 @@ def run_classic_flow(
 
         def make_report(folder: Path) -> None:
             texts = plain_texts()
-            surprise = {}
+            surprise, likely = {}, {}
             for name, (model, _) in models.items():
                 if name == "base":
                     tuned.forget()
                 with model.ready() as loaded:
                     surprise[name] = perplexity(loaded.model, loaded.tokenizer, texts)
+                    # How likely an answer is to the model that gave it, and to the base model.
+                    for side in ("tuned", "sft"):
+                        if name in (side, "base"):
+                            likely[name, side] = answer_logps(loaded, answers[side])
+            shifts = {
+                side: shift_of(
+                    likely[side, side],
+                    likely["base", side],
+                    [answer.prompt.prompt_id for answer in answers[side]],
+                    sampling=config.sampling,
+                )
+                for side in ("tuned", "sft")
+            }
             points = load_ppo_log(policy)
             notes = diagnose_ppo(points, kl_target=ppo_settings.kl_target)
             report = build_report(
@@ -330,6 +347,8 @@ def run_classic_flow(
                 perplexity_base=surprise["base"],
                 perplexity_tuned=surprise["tuned"],
                 perplexity_text=f"{len(texts)} paragraphs of plain prose",
+                shift=shifts["tuned"],
+                frontier=_frontier_point("SFT", shifts["sft"], compared["judged_sft"]),
                 health=notes,
                 labels=labels,
                 preflight=checked.to_text().splitlines(),
@@ -380,6 +399,20 @@ def _split(
         [group for group in groups if group.prompt.prompt_id not in measured],
         [group for group in groups if group.prompt.prompt_id in measured],
     )
+
+
+def _frontier_point(
+    name: str, shift: PolicyShift | None, judged: list[JudgedComparison]
+) -> list[FrontierPoint]:
+    """A model between the base and the tuned one; none where its distance is not known."""
+    from prefopt.evaluation.model_figures import FrontierPoint
+    from prefopt.evaluation.win_rate import win_rate
+
+    if shift is None:
+        return []
+    rate = win_rate(judged)
+    low, high = rate.headline_interval
+    return [FrontierPoint(name=name, kl=shift.kl, win_rate=rate.win_rate, low=low, high=high)]
 
 
 def _rate(judged: list[JudgedComparison]) -> str:

@@ -101,6 +101,11 @@ def test_the_whole_way_leaves_every_file_and_says_what_each_stage_brought(finish
     assert report.win_rate.n == 4
     assert report.perplexity_base > 1
     assert report.perplexity_tuned != report.perplexity_base
+    (sft,) = report.frontier
+    assert sft.name == "SFT"
+    assert sft.kl.value != 0
+    assert report.shift.kl.value != sft.kl.value
+    assert report.shift.beta is None  # PPO's reference is the SFT model, not the base
     assert set(report.details) == {
         "SFT against the base model",
         "PPO against SFT",

@@ -83,6 +83,9 @@ def test_the_whole_way_leaves_every_file_and_accounts_for_every_comparison(finis
     assert report.win_rate.n == 4
     assert report.labels.n_pairs == sum(len(g["preferences"]) for g in preferences)
     assert report.perplexity_base > 1
+    assert report.shift.kl.n_prompts == 4
+    assert report.shift.reward == report.shift.beta * report.shift.kl.value
+    assert report.capabilities is None
 
 
 def test_held_out_prompts_are_not_trained_on(finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,12 +199,14 @@ def test_missing_labels_are_noticed_before_judging(tmp_path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-def test_a_model_is_measured_with_its_adapter_on_and_off(tmp_path) -> None:
-    """With a tiny model: KL, implicit reward, the training log, and nothing sampled twice."""
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[Prompt]]:
+    """A tiny model, an adapter that DPO trained for it, and prompts."""
     from prefopt.training.dpo import DPOSettings, train_dpo
     from tests.tiny_models import save_tiny_model
 
-    model = save_tiny_model(tmp_path / "tiny", context=1024)
+    folder = tmp_path_factory.mktemp("tiny")
+    model = save_tiny_model(folder / "model", context=1024)
     prompts = [Prompt.from_text(f"What is {i}?") for i in range(6)]
     groups = [
         PreferenceGroup(
@@ -217,15 +220,24 @@ def test_a_model_is_measured_with_its_adapter_on_and_off(tmp_path) -> None:
         for p in prompts
     ]
     train_dpo(
-        groups, model, tmp_path / "adapter", device="cpu", progress=False,
+        groups, model, folder / "adapter", device="cpu", progress=False,
         settings=DPOSettings(learning_rate=1e-2, batch_size=3),
     )  # fmt: skip
-    options = {
-        "judge": shortest_wins(), "device": "cpu", "progress": False, "beta": 0.1,
-        "sampling": SamplingSettings(max_new_tokens=8),
+    return model, folder / "adapter", prompts
+
+
+def options(**more: Any) -> dict[str, Any]:
+    """How the tiny model is evaluated."""
+    return {
+        "judge": shortest_wins(), "device": "cpu", "progress": False,
+        "sampling": SamplingSettings(max_new_tokens=8), **more,
     }  # fmt: skip
-    out = tmp_path / "report"
-    report = evaluate_model(prompts, model, tmp_path / "adapter", out, **options)
+
+
+def test_a_model_is_measured_with_its_adapter_on_and_off(tiny, tmp_path) -> None:
+    """KL, implicit reward, the training log, and nothing sampled twice."""
+    model, adapter, prompts = tiny
+    report = evaluate_model(prompts, model, adapter, tmp_path, **options(beta=0.1))
     assert report.shift is not None
     assert report.shift.kl.n_prompts == 6
     assert report.shift.kl.value != 0.0
@@ -233,9 +245,28 @@ def test_a_model_is_measured_with_its_adapter_on_and_off(tmp_path) -> None:
     assert report.training[-1].margin is not None
     assert report.answer_figures is not None
     assert report.capabilities is None
-    assert "distance from the base model" in (out / "report.html").read_text()
-    kept = {p.name: p.read_bytes() for p in out.glob(".answers_*.partial")}
+    assert "distance from the base model" in (tmp_path / "report.html").read_text()
+    kept = {p.name: p.read_bytes() for p in tmp_path.glob(".answers_*.partial")}
     assert len(kept) == 2
-    again = evaluate_model(prompts, model, tmp_path / "adapter", out, **options)
-    assert {p.name: p.read_bytes() for p in out.glob(".answers_*.partial")} == kept
+    again = evaluate_model(prompts, model, adapter, tmp_path, **options())
+    assert {p.name: p.read_bytes() for p in tmp_path.glob(".answers_*.partial")} == kept
     assert again.answers == report.answers
+
+
+def test_capabilities_are_measured_on_request_and_a_misspelt_task_at_once(tiny, tmp_path) -> None:
+    pytest.importorskip("lm_eval")
+    model, adapter, prompts = tiny
+    with pytest.raises(DataError, match="did you mean prefopt_plain_text"):
+        evaluate_model(
+            prompts, model, adapter, tmp_path / "no", **options(capabilities="prefopt_plane_text")
+        )
+    assert not list((tmp_path / "no").glob("*answers*"))
+    report = evaluate_model(
+        prompts, model, adapter, tmp_path / "r",
+        **options(capabilities="prefopt_plain_text", max_drop=10.0),
+    )  # fmt: skip
+    assert report.capabilities is not None
+    assert [t.task for t in report.capabilities.tasks] == ["prefopt_plain_text"]
+    assert report.capabilities.max_drop == 10.0
+    assert report.capabilities.passed
+    assert "could do before" in (tmp_path / "r" / "report.html").read_text()
