@@ -18,15 +18,9 @@ from prefopt.data.prompts import plain_texts
 from prefopt.data.records import read_records
 from prefopt.errors import DataError, ModelError, PrefoptError
 from prefopt.evaluation import capability_tasks
-from prefopt.evaluation.capabilities import (
-    OFFLINE,
-    SCORES_FILE,
-    WRITING,
-    TaskScores,
-    compare_capabilities,
-    measure_capabilities,
-    weights_hash,
-)
+from prefopt.evaluation.capabilities import compare_capabilities, measure_capabilities
+from prefopt.evaluation.capability_engine import OFFLINE, WRITING
+from prefopt.evaluation.capability_scores import SCORES_FILE, TaskScores, weights_hash
 from prefopt.judges.scripted import shortest_wins
 from prefopt.models import (
     LanguageModel,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefopt.evaluation import capability_tasks
-from prefopt.evaluation.capabilities import OFFLINE, WRITING
+from prefopt.evaluation.capability_engine import OFFLINE, WRITING
 from prefopt.evaluation.capability_tasks import generate
 from prefopt.evaluation.capability_tasks.checks import CHECKS, follows, process_results
 
