@@ -153,7 +153,8 @@ def evaluate_model(
         stop: "decided" judges prompts in random order until the result is sure, which saves calls
             to a paid judge; see `prefopt.evaluation.sequential.judge_until_decided`.
         human_labels: people's labels of some of these pairs; see `check_against_people`.
-        to_label: write this many pairs to `to_label.jsonl` for people to label.
+        to_label: write this many pairs to `to_label.jsonl` for people to label; a file that is there
+            already is left alone.
         beta: of DPO or PPO, for implicit rewards.
         capabilities: "none", "offline" (the built-in tasks) or names of tasks, to see what was
             forgotten; see `prefopt.evaluation.capabilities`.
@@ -173,7 +174,7 @@ def evaluate_model(
             "files with --tuned_answers and --base_answers, or with --answers."
         )
     asked = _asked(judge, rubric, max_usd, prices)
-    _readable(human_labels)
+    _check_labels(human_labels, to_label)
     questions = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
     out = Path(out)
     weights = content_hash([model_fingerprint(model), adapter_fingerprint(str(adapter))])
@@ -244,7 +245,7 @@ def evaluate_answers(
     if tuned_answers is None or base_answers is None:
         raise ValueError("comparing answers needs both sides: tuned_answers and base_answers.")
     asked = _asked(judge, rubric, max_usd, prices)
-    _readable(human_labels)
+    _check_labels(human_labels, to_label)
     comparisons = compare_answers(_read(tuned_answers), _read(base_answers))
     out = Path(out)
     judged, figures = _judge(comparisons, out, asked, progress, stop, human_labels, to_label)
@@ -312,7 +313,7 @@ def compare_models(
     assert baseline is not None
     assert tuned is not None
     asked = _asked(judge, rubric, max_usd, prices)
-    _readable(human_labels)
+    _check_labels(human_labels, to_label)
     named = {
         name: [msgspec.structs.replace(c, model=name) for c in _read(given)]
         for name, given in answers.items()
@@ -366,8 +367,10 @@ def _read(given: str | Path | Sequence[Candidate]) -> list[Candidate]:
     return read_records(given, Candidate) if isinstance(given, str | Path) else list(given)
 
 
-def _readable(human_labels: str | Path | None) -> None:
-    """Fail for a missing or broken file now rather than after an hour of judging."""
+def _check_labels(human_labels: str | Path | None, to_label: int) -> None:
+    """Fail for what cannot be used now rather than after an hour of judging."""
+    if to_label < 0:
+        raise ValueError(f"to_label is a number of pairs, got {to_label}.")
     if human_labels is not None:
         from prefopt.data.rows import read_rows
 
@@ -413,8 +416,10 @@ def _judge(
     else:
         judged = judge_comparisons(comparisons, judge, ledger=ledger, progress=progress)
     write_records(out / "judged.jsonl", judged)
-    if to_label:
-        path = out / TO_LABEL
+    path = out / TO_LABEL
+    if to_label and path.exists():
+        logger.info("%s is there already, perhaps with labels in it, and is left as it is.", path)
+    elif to_label:
         n = write_to_label([j.comparison for j in judged], path, n=to_label)
         logger.info(
             "%d pairs to label in %s: fill in `label` (A, B or tie), then the same command with "

@@ -234,6 +234,19 @@ def options(**more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_pairs_to_label_are_written_once_and_never_over_labels(tmp_path) -> None:
+    with pytest.raises(ValueError, match="number of pairs, got -3"):
+        evaluate_answers(*sides(5), tmp_path / "r", judge=shortest_wins(), to_label=-3)
+    assert not (tmp_path / "r").exists()
+    given = {"judge": shortest_wins(), "to_label": 3, "progress": False}
+    evaluate_answers(*sides(5), tmp_path / "r", **given)
+    path = tmp_path / "r" / "to_label.jsonl"
+    assert len(path.read_text().splitlines()) == 3
+    path.write_text("people's work")
+    evaluate_answers(*sides(5), tmp_path / "r", **given)
+    assert path.read_text() == "people's work"
+
+
 def test_a_model_is_measured_with_its_adapter_on_and_off(tiny, tmp_path) -> None:
     """KL, implicit reward, the training log, and nothing sampled twice."""
     model, adapter, prompts = tiny
