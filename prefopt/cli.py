@@ -1143,7 +1143,9 @@ def _command(function: Any, usage: str) -> Any:
 
 
 def _run_command(
-    usage: str, description: str, config_class: type[FlowConfig] | type[ClassicConfig]
+    usage: str,
+    description: str,
+    config_class: type[FlowConfig] | type[ClassicConfig] | type[ForgettingConfig],
 ) -> Any:
     from jsonargparse import ActionConfigFile
 
@@ -1231,7 +1233,8 @@ def _nobody_reads() -> bool:
 
 
 def run_recipe(
-    config_class: type[FlowConfig] | type[ClassicConfig], arguments: list[str] | None = None
+    config_class: type[FlowConfig] | type[ClassicConfig] | type[ForgettingConfig],
+    arguments: list[str] | None = None,
 ) -> int:
     """Run a flow from a recipe, with its own defaults and the options of the flow's command."""
     story = sys.modules[config_class.__module__].__doc__ or ""
@@ -1249,7 +1252,9 @@ _FLOWS: dict[str, type[FlowConfig] | type[ClassicConfig]] = {
 }
 
 
-def _run_any(config: FlowConfig | ClassicConfig, on_change: Literal["refuse", "redo"]) -> None:
+def _run_any(
+    config: FlowConfig | ClassicConfig | ForgettingConfig, on_change: Literal["refuse", "redo"]
+) -> None:
     if isinstance(config, ClassicConfig):
         classic(config, on_change)
     elif isinstance(config, OnlineConfig):

@@ -1,9 +1,10 @@
-"""One training, and again with each mitigation: what each gains, and what each forgets.
+"""One narrow training, and again with each mitigation: what each gains, and what each forgets.
 
-    prompts -> preferences -> DPO, seven ways -> win rate, perplexity, tasks -> table, picture
+    reviews -> preference pairs -> DPO, seven ways -> right labels, capability tasks -> table, picture
 
-All ways learn from the same pairs in the same order, and are measured on the same held-out prompts,
-texts and task items. `recipes/forgetting.py` is this function. Every stage is resumable.
+The narrow task is to call a review positive or negative in one word, which is right or wrong without
+a judge. All ways learn from the same pairs in the same order, and are measured on the same held-out
+reviews and task items. `recipes/forgetting.py` is this function. Every stage is resumable.
 """
 
 from __future__ import annotations
@@ -18,53 +19,63 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
-from prefopt.flow import FlowConfig
-from prefopt.flow_stages import (
-    Lazy,
-    answer_stage,
-    comparison_stage,
-    preference_stages,
-)
-from prefopt.models import LanguageModel, LoRASettings
+from prefopt.flow_stages import Lazy
+from prefopt.models import Device, LanguageModel, LoRASettings
 from prefopt.training.dpo import DPOSettings
 
 if TYPE_CHECKING:
     from prefopt.data.demonstrations import Demonstration
-    from prefopt.evaluation.capabilities import TaskScores
+    from prefopt.data.reviews import Review
+    from prefopt.evaluation.capability_scores import TaskScores
     from prefopt.evaluation.forgetting import MitigationOutcome
-    from prefopt.judges import Judge
     from prefopt.runs import Run
-    from prefopt.types import Candidate, JudgedComparison, PreferenceGroup, Prompt
+    from prefopt.types import Candidate, PreferenceGroup
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ForgettingConfig(FlowConfig):
-    """`FlowConfig`, whose `dpo` is the training without mitigation, and what is measured.
+class ForgettingConfig:
+    """What is trained, how, and on what forgetting is measured.
 
     Args:
-        tasks: capability tasks, as `measure_capabilities` takes them.
-        task_limit: the first so many items of each; None takes all.
+        out: the run's folder; the same folder continues the same run.
+        model: the base model: "demo", a folder, or a Hub id.
+        n_train: reviews that are learned, two pairs each; the others of the 104 are held out.
+        dpo: the training without mitigation.
+        lora: its adapter.
         replay: general data to replay, as in `DPOSettings`.
         lower_rate: what the lower learning rate is, as a share of that of `dpo`.
+        tasks: capability tasks, as `measure_capabilities` takes them.
+        task_limit: the first so many items of each; None takes all.
+        device: "auto" takes a GPU where there is one.
+        seed: of the split, the adapter, the order of training and the replayed answers.
     """
 
-    tasks: list[str] = field(
-        default_factory=lambda: ["prefopt_arithmetic", "prefopt_reasoning", "prefopt_plain_text"]
-    )
-    task_limit: int | None = None
+    out: str
+    model: str = "demo"
+    n_train: int = 32
+    dpo: DPOSettings = field(default_factory=lambda: DPOSettings(learning_rate=1e-3))
+    lora: LoRASettings = field(default_factory=LoRASettings)
     replay: str = "own_answers"
-    lower_rate: float = 0.3
+    lower_rate: float = 0.4
+    tasks: list[str] = field(default_factory=lambda: ["prefopt_format", "prefopt_plain_text"])
+    task_limit: int | None = 40
+    device: Device = "auto"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        problems = []
         if self.dpo.replay is not None:
-            raise ValueError("dpo is the training without mitigation: leave dpo.replay out.")
+            problems.append("dpo is the training without mitigation: leave dpo.replay out")
         if self.dpo.learning_rate is None:
-            raise ValueError("dpo.learning_rate must be given, as the lower one is a share of it.")
+            problems.append("dpo.learning_rate is needed, as the lower one is a share of it")
         if not 0.0 < self.lower_rate < 1.0:
-            raise ValueError(f"lower_rate must be in (0, 1), got {self.lower_rate}.")
+            problems.append(f"lower_rate must be in (0, 1), got {self.lower_rate}")
+        if self.n_train < 1:
+            problems.append(f"n_train must be at least 1, got {self.n_train}")
+        if problems:
+            raise ValueError("forgetting settings: " + "; ".join(problems) + ".")
 
 
 class Way(NamedTuple):
@@ -79,8 +90,7 @@ class Way(NamedTuple):
 def ways(config: ForgettingConfig) -> list[Way]:
     """The training without mitigation, and what may be done about it, one thing at a time.
 
-    Replay and the NLL term take as many steps of the same size; lower rate, fewer steps and lower rank
-    are what one would try without general data.
+    All but "half the steps" take as many steps on the same pairs.
     """
     dpo, lora = config.dpo, config.lora
     weights = dpo.loss_weights or [1.0] * len(dpo.loss)
@@ -91,14 +101,11 @@ def ways(config: ForgettingConfig) -> list[Way]:
         Way("none", "no mitigation", dpo, lora),
         Way("replay10", "replay 10 %", replace(dpo, replay_share=0.1), lora),
         Way("replay20", "replay 20 %", replace(dpo, replay_share=0.2), lora),
-        Way("nll", "NLL of chosen", nll, lora),
         Way("rate", f"rate x {config.lower_rate:g}", replace(dpo, learning_rate=rate), lora),
+        Way("nll", "NLL of chosen", nll, lora),
         Way("steps", "half the steps", replace(dpo, epochs=dpo.epochs / 2), lora),
-        Way(
-            "rank", f"LoRA rank {rank}", dpo,
-            replace(lora, r=rank, alpha=lora.alpha * rank / lora.r),
-        ),
-    ]  # fmt: skip
+        Way("rank", f"rank {rank}", dpo, replace(lora, r=rank, alpha=lora.alpha * rank / lora.r)),
+    ]
 
 
 def run_forgetting_flow(
@@ -107,89 +114,74 @@ def run_forgetting_flow(
     on_change: Literal["refuse", "redo"] = "refuse",
     progress: bool = True,
 ) -> list[MitigationOutcome]:
-    """Train and measure every way, or continue, and return a `MitigationOutcome` for each.
+    """Train and measure every way, or continue, and return its outcomes, one a way.
 
-    The folder then holds beside the stages of `run_flow` for each way `adapter_<key>/`,
-    `answers_<key>.jsonl`, `judged_<key>.jsonl` and `scores_<key>.jsonl`; and `outcomes.jsonl`,
-    `forgetting.md` and `forgetting.png`.
+    The folder then holds `preferences.jsonl`, `held_out.jsonl`, `labels_base.jsonl` and, if the model
+    answers for replay, `own_answers.jsonl`; for each way `adapter_<key>/`, `labels_<key>.jsonl`,
+    `scores_<key>.jsonl` and `outcome_<key>.jsonl`; and `forgetting.md` and `forgetting.png`.
 
     Raises:
-        DataError, ModelError, JudgeError, TrainingError, PrefoptError: see the stage that raised it.
+        DataError, ModelError, TrainingError, PrefoptError: see the stage that raised it.
         RunError: the folder holds another run, is in use, or was changed from outside.
     """
     from prefopt.data.general import OWN_ANSWERS, load_general
-    from prefopt.data.preflight import preflight
-    from prefopt.data.prompts import load_prompts, split_by_prompt
     from prefopt.data.records import write_bytes
+    from prefopt.data.reviews import Review, load_reviews, review_preferences, split_reviews
     from prefopt.evaluation.forgetting import forgetting_figure, forgetting_table
-    from prefopt.judges import load_judge
     from prefopt.models import load_model, model_fingerprint, resolve_device
     from prefopt.runs import Run
     from prefopt.training.replay import own_answers, rows_per_step
-    from prefopt.types import Candidate, Prompt
+    from prefopt.types import Candidate, PreferenceGroup
 
-    judge = load_judge(
-        config.judge, rubric=config.rubric, max_usd=config.max_usd, transport=config.transport,
-        prices=config.prices,
-    )  # fmt: skip
-    prompts = load_prompts(config.prompts)
-    share_or_count = config.held_out if config.held_out < 1 else int(config.held_out)
-    train, held_out = split_by_prompt(prompts, held_out=share_or_count, seed=config.seed)
-    given = None
-    if config.replay != OWN_ANSWERS:
-        given = load_general(config.replay, held_out=held_out)
+    learned, measured = split_reviews(load_reviews(), n_train=config.n_train, seed=config.seed)
+    own = config.replay == OWN_ANSWERS
+    general = [] if own else load_general(config.replay, held_out=[r.prompt() for r in measured])
     resolve_device(config.device)
     weights = model_fingerprint(config.model)
     plain = msgspec.to_builtins(config)
-    for free in ("out", "max_usd", "prices", "transport"):
-        plain.pop(free)
+    plain.pop("out")
     with Run(config.out, plain, on_change=on_change) as run:
-        train = run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
+        groups = run.records(
+            "preferences",
+            PreferenceGroup,
+            lambda _: review_preferences(learned),
+            depends_on={"reviews": learned},
+        )
         held_out = run.records(
-            "held_out_prompts", Prompt, lambda _: held_out, depends_on={"prompts": held_out}
+            "held_out", Review, lambda _: measured, depends_on={"reviews": measured}
         )
         base = Lazy(lambda: load_model(config.model, device=config.device))
-        _, preferences = preference_stages(
-            run, config, train, judge, base, weights, progress=progress
-        )
-        groups = preferences.groups
-        checked = preflight(
-            groups, base().tokenizer, max_length=config.dpo.max_length, held_out=held_out
-        )
-        checked.raise_for_errors()
-        n_pairs = sum(len(group.preferences) for group in groups)
         batch = config.dpo.batch_size
-        n_steps = math.ceil(config.dpo.epochs * math.ceil(n_pairs / batch))
-        if given is None:
+        n_steps = math.ceil(config.dpo.epochs * math.ceil(2 * len(groups) / batch))
+        if own:
+            most = n_steps * rows_per_step(0.2, batch)
             told = run.records(
                 "own_answers",
                 Candidate,
                 lambda partial: own_answers(
-                    base(), most=n_steps * rows_per_step(0.2, batch), seed=config.seed,
-                    max_length=config.dpo.max_length, partial=partial, progress=progress,
+                    base(), most=most, seed=config.seed, max_length=config.dpo.max_length,
+                    max_new_tokens=64, partial=partial, progress=progress,
                 ),
-                depends_on={"model": weights, "pairs": n_pairs, "dpo": config.dpo,
-                            "seed": config.seed},
+                depends_on={
+                    "model": weights, "most": most, "seed": config.seed,
+                    "max_length": config.dpo.max_length,
+                },
             )  # fmt: skip
-            given = load_general(told, held_out=held_out)
-        answers_base = answer_stage(
-            run, config, "answers_base", held_out, base, weights, progress=progress,
-            description="answering (base model)",
-        )  # fmt: skip
+            general = load_general(told)
+        before = _labels(run, "labels_base", held_out, base, {"model": weights}, progress)
         base.forget()  # each training attaches an adapter to a model of its own
-
         measure = functools.partial(
-            _measured, run, config, groups, weights, held_out, answers_base, judge, progress
+            _measured, run, config, groups, held_out, before, weights, progress
         )
         first, *others = ways(config)
         outcome, unmitigated = measure(first, None, None)
         outcomes = [outcome]
         for way in others:
-            replay = given if way.key.startswith("replay") else None
+            replay = general if way.key.startswith("replay") else None
             outcomes.append(measure(way, replay, unmitigated)[0])
         table = forgetting_table(outcomes)
         write_bytes(run.folder / "forgetting.md", f"{table}\n".encode())
-        forgetting_figure(outcomes).savefig(run.folder / "forgetting.png", dpi=150)
+        forgetting_figure([outcomes]).savefig(run.folder / "forgetting.png", dpi=130)
         return outcomes
 
 
@@ -197,20 +189,21 @@ def _measured(
     run: Run,
     config: ForgettingConfig,
     groups: Sequence[PreferenceGroup],
+    held_out: Sequence[Review],
+    before: Sequence[Candidate],
     weights: str,
-    held_out: Sequence[Prompt],
-    answers_base: Sequence[Candidate],
-    judge: Judge,
     progress: bool,
     way: Way,
     replay: Sequence[Demonstration] | None,
     unmitigated: Sequence[TaskScores] | None,
 ) -> tuple[MitigationOutcome, list[TaskScores]]:
     """Train one way and measure it, each step a stage of the run."""
-    from prefopt.evaluation.capabilities import TaskScores
-    from prefopt.evaluation.forgetting import MitigationOutcome
+    from prefopt.data.reviews import label_scores
+    from prefopt.evaluation.capability_report import compare_items
+    from prefopt.evaluation.capability_scores import TaskScores
+    from prefopt.evaluation.forgetting import MitigationOutcome, compare_scores
     from prefopt.models import load_model
-    from prefopt.training.dpo import train_dpo
+    from prefopt.training.dpo import load_training_log, train_dpo
 
     key, dpo = way.key, replace(way.dpo, seed=config.seed)
     adapter = run.path(
@@ -230,43 +223,78 @@ def _measured(
         },
     )  # fmt: skip
     needs = {"adapter": run.sha256_of(f"adapter_{key}")}
-
-    def load() -> LanguageModel:
-        loaded = load_model(config.model, adapter=adapter, device=config.device)
-        return replace(loaded, name=f"{config.model}, {way.name}")
-
-    tuned = Lazy(load)
-    answers = answer_stage(
-        run, config, f"answers_{key}", held_out, tuned, weights, progress=progress,
-        description=f"answering ({way.name})", depends_on=needs,
-    )  # fmt: skip
-    judged = comparison_stage(
-        run, f"judged_{key}", answers, answers_base, judge, progress=progress,
-        sources=(f"answers_{key}", "answers_base"),
-    )  # fmt: skip
+    tuned = Lazy(
+        lambda: _named(load_model(config.model, adapter=adapter, device=config.device), way)
+    )
+    after = _labels(run, f"labels_{key}", held_out, tuned, needs, progress)
     scores = run.records(
         f"scores_{key}",
         TaskScores,
         lambda _: _task_scores(tuned(), config, run.folder / ".partial" / "tasks", progress),
         depends_on={**needs, "tasks": config.tasks, "limit": config.task_limit},
     )
-    against = {} if unmitigated is None else {"none": run.sha256_of("scores_none")}
-    (outcome,) = run.records(
+    base_side, tuned_side = (
+        {s.task: s for s in scores if s.side == side} for side in ("base", "tuned")
+    )
+    log = load_training_log(adapter)
+    outcome = MitigationOutcome(
+        key=key,
+        name=way.name,
+        n_steps=log[-1].step,
+        learning_rate=dpo.learning_rate or 0.0,
+        gain=compare_items(
+            "reviews", "Reviews labelled right", "exact_match", label_scores(held_out, before),
+            label_scores(held_out, after),
+        ),
+        changes=compare_scores(base_side, tuned_side),
+        against_none=compare_scores(
+            {s.task: s for s in unmitigated or () if s.side == "tuned"}, tuned_side
+        ),
+    )  # fmt: skip
+    run.records(
         f"outcome_{key}",
         MitigationOutcome,
-        lambda _: [_outcome(way, tuned(), adapter, judged, scores, unmitigated)],
+        lambda _: [outcome],
         depends_on={
-            **needs,
-            **against,
-            "judged": run.sha256_of(f"judged_{key}"),
+            "labels": run.sha256_of(f"labels_{key}"),
             "scores": run.sha256_of(f"scores_{key}"),
+            "none": run.sha256_of("scores_none"),
         },
     )
     logger.info(
-        "%s: win rate %.0f %%, perplexity %+.1f %%",
-        way.name, 100 * outcome.win_rate.win_rate, 100 * outcome.perplexity_change,
+        "%s: %s", way.name, ", ".join(
+            f"{t.title} {t.base:.3f} to {t.tuned:.3f}" for t in (outcome.gain, *outcome.changes)
+        ),
     )  # fmt: skip
     return outcome, scores
+
+
+def _named(loaded: LanguageModel, way: Way) -> LanguageModel:
+    return replace(loaded, name=f"{loaded.base}, {way.name}")
+
+
+def _labels(
+    run: Run,
+    stage: str,
+    held_out: Sequence[Review],
+    model: Lazy,
+    needs: dict[str, str],
+    progress: bool,
+) -> list[Candidate]:
+    """What a model calls the held-out reviews, as a stage of the run."""
+    from prefopt.sampling.candidates import SamplingSettings, sample_candidates
+    from prefopt.types import Candidate
+
+    greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_new_tokens=4)
+    return run.records(
+        stage,
+        Candidate,
+        lambda partial: sample_candidates(
+            [review.prompt() for review in held_out], model(), k=1, settings=greedy,
+            partial=partial, progress=progress, description=f"labelling ({stage[7:]})",
+        ),
+        depends_on={**needs, "held_out": run.sha256_of("held_out")},
+    )  # fmt: skip
 
 
 def _task_scores(
@@ -274,38 +302,10 @@ def _task_scores(
 ) -> list[TaskScores]:
     """Both models' scores, item by item; the base model is asked once for all ways."""
     from prefopt.data.records import read_records
-    from prefopt.evaluation.capabilities import SCORES_FILE, TaskScores, measure_capabilities
+    from prefopt.evaluation.capabilities import measure_capabilities
+    from prefopt.evaluation.capability_scores import SCORES_FILE, TaskScores
 
     measure_capabilities(
         tuned, tasks=config.tasks, limit=config.task_limit, out=folder, progress=progress
     )
     return read_records(folder / SCORES_FILE, TaskScores)
-
-
-def _outcome(
-    way: Way,
-    tuned: LanguageModel,
-    adapter: Path,
-    judged: Sequence[JudgedComparison],
-    scores: Sequence[TaskScores],
-    unmitigated: Sequence[TaskScores] | None,
-) -> MitigationOutcome:
-    from prefopt.evaluation.evaluate import measure_forgetting
-    from prefopt.evaluation.forgetting import MitigationOutcome, compare_scores
-    from prefopt.evaluation.win_rate import win_rate
-    from prefopt.training.dpo import load_training_log
-
-    sides = {side: {s.task: s for s in scores if s.side == side} for side in ("base", "tuned")}
-    without = {s.task: s for s in unmitigated or () if s.side == "tuned"}
-    log = load_training_log(adapter)
-    surprise = measure_forgetting(tuned)
-    return MitigationOutcome(
-        name=way.name,
-        n_steps=log[-1].step,
-        learning_rate=way.dpo.learning_rate or max(point.learning_rate for point in log),
-        win_rate=win_rate(judged),
-        perplexity_base=surprise.perplexity_base,
-        perplexity_tuned=surprise.perplexity_tuned,
-        changes=compare_scores(sides["base"], sides["tuned"]),
-        against_none=compare_scores(without, sides["tuned"]),
-    )

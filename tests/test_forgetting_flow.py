@@ -1,41 +1,44 @@
 """The forgetting flow on a tiny model: it finishes, goes on where it was stopped, and compares."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from prefopt import forgetting_flow as module
-from prefopt.data.records import read_records
+from prefopt.data.records import read_records, write_bytes
+from prefopt.data.reviews import (
+    Review,
+    label_scores,
+    load_reviews,
+    review_preferences,
+    split_reviews,
+)
 from prefopt.errors import DataError
-from prefopt.evaluation.capabilities import ItemScore, TaskScores
+from prefopt.evaluation.capability_report import compare_items
+from prefopt.evaluation.capability_scores import ItemScore, TaskScores
 from prefopt.evaluation.forgetting import (
     MitigationOutcome,
     compare_scores,
     forgetting_figure,
     forgetting_table,
 )
-from prefopt.evaluation.win_rate import win_rate
 from prefopt.forgetting_flow import ForgettingConfig, run_forgetting_flow, ways
 from prefopt.models import LoRASettings
-from prefopt.sampling.candidates import SamplingSettings
-from prefopt.training.dpo import DPOSettings
-from prefopt.types import Candidate, Comparison, JudgedComparison, Prompt, Verdict
+from prefopt.training.dpo import DPOSettings, load_training_log
+from prefopt.types import Candidate
 from tests.tiny_models import save_tiny_model
 
 
-def config(out, model, prompts, **changes):
+def config(out, model, **changes):
     values = {
         "out": str(out),
         "model": model,
-        "prompts": str(prompts),
-        "held_out": 3,
-        "judge": "scripted:shortest",
-        "k": 2,
-        "sampling": SamplingSettings(temperature=1.0, max_new_tokens=6, batch_size=9),
+        "n_train": 8,
         "lora": LoRASettings(r=8),
-        "dpo": DPOSettings(learning_rate=0.02, batch_size=2, max_length=96, checkpoint_every=1),
+        "dpo": DPOSettings(learning_rate=0.02, batch_size=8, max_length=160, checkpoint_every=1),
         "tasks": ["prefopt_reasoning", "prefopt_plain_text"],
-        "task_limit": 3,
+        "task_limit": 2,
         **changes,
     }
     return ForgettingConfig(**values)
@@ -43,16 +46,12 @@ def config(out, model, prompts, **changes):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "prompts.jsonl").write_text(
-        "".join(f'{{"prompt": "What is {i}?"}}\n' for i in range(9)), encoding="utf-8"
-    )
-    return save_tiny_model(folder / "model", context=1024), folder / "prompts.jsonl"
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), context=1024)
 
 
 def test_it_finishes_and_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     original = module._task_scores
-    three = [way for way in ways(config(tmp_path, *tiny)) if way.key in ("none", "replay20", "nll")]
+    three = [w for w in ways(config(tmp_path, tiny)) if w.key in ("none", "replay20", "nll")]
     monkeypatch.setattr(module, "ways", lambda _: three)
 
     def stop_at_the_second(tuned, *arguments):
@@ -62,51 +61,59 @@ def test_it_finishes_and_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(module, "_task_scores", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        run_forgetting_flow(config(tmp_path / "run", *tiny), progress=False)
+        run_forgetting_flow(config(tmp_path / "run", tiny), progress=False)
     first = (tmp_path / "run" / "scores_none.jsonl").read_bytes()
     monkeypatch.setattr(module, "_task_scores", original)
-    outcomes = run_forgetting_flow(config(tmp_path / "run", *tiny), progress=False)
+    outcomes = run_forgetting_flow(config(tmp_path / "run", tiny), progress=False)
     assert (tmp_path / "run" / "scores_none.jsonl").read_bytes() == first
     assert [o.name for o in outcomes] == [way.name for way in three]
     assert outcomes[0].against_none == ()
-    assert all([c.n for c in o.changes] == [3, 3] for o in outcomes)
-    assert all([c.n for c in o.against_none] == [3, 3] for o in outcomes[1:])
-    assert len({o.perplexity_base for o in outcomes}) == 1
-    assert len({o.perplexity_tuned for o in outcomes}) == len(outcomes)
+    assert all([c.n for c in o.changes] == [2, 2] for o in outcomes)
+    assert all([c.n for c in o.against_none] == [2, 2] for o in outcomes[1:])
+    assert {(o.gain.n, o.gain.base) for o in outcomes} == {(96, 0.0)}
+    assert len({o.changes[1].base for o in outcomes}) == 1
+    assert len({o.changes[1].tuned for o in outcomes}) == 3
+    assert load_training_log(tmp_path / "run" / "adapter_replay20")[0].replay_nll > 0
+    assert load_training_log(tmp_path / "run" / "adapter_none")[0].replay_nll is None
     text = (tmp_path / "run" / "forgetting.md").read_text(encoding="utf-8")
     assert text.strip() == forgetting_table(outcomes)
     assert (tmp_path / "run" / "forgetting.png").stat().st_size > 10_000
-    monkeypatch.setattr(module, "_measured", None)  # nothing is left to do but to read
     read = read_records(tmp_path / "run" / "outcome_replay20.jsonl", MitigationOutcome)
     assert read == [outcomes[1]]
 
 
 def test_each_way_changes_one_thing(tiny, tmp_path):
-    first, *others = ways(config(tmp_path, *tiny))
+    first, *others = ways(config(tmp_path, tiny))
     assert (first.dpo.loss, first.lora.r) == (["sigmoid"], 8)
     for way in others:
-        changed = [
+        changed = {
             name
             for part, start in ((way.dpo, first.dpo), (way.lora, first.lora))
             for name in vars(part)
             if vars(part)[name] != vars(start)[name]
-        ]
-        allowed = {"nll": {"loss", "loss_weights"}, "rank": {"r", "alpha"}}
-        assert set(changed) <= allowed.get(way.key, {"learning_rate", "epochs", "replay_share"})
-        assert changed or way.key == "replay10"  # its share is the default
+        }
+        allowed = {
+            "nll": {"loss", "loss_weights"}, "rank": {"r", "alpha"}, "rate": {"learning_rate"},
+            "steps": {"epochs"}, "replay20": {"replay_share"}, "replay10": set(),  # the default
+        }  # fmt: skip
+        assert changed == allowed[way.key]
 
 
 def test_what_cannot_be_is_refused_before_work(tiny, tmp_path):
-    start = config(tmp_path / "run", *tiny)
-    for changes, words in (
-        ({"dpo": replace(start.dpo, replay="a.txt")}, "without mitigation"),
-        ({"dpo": replace(start.dpo, learning_rate=None)}, "learning_rate must be given"),
-        ({"lower_rate": 1.0}, "lower_rate"),
+    start = config(tmp_path / "run", tiny)
+    with pytest.raises(
+        ValueError, match=r"without mitigation.*learning_rate is needed.*lower_rate"
     ):
-        with pytest.raises(ValueError, match=words):
-            replace(start, **changes)
+        replace(start, dpo=DPOSettings(replay="a.txt"), lower_rate=1.0)
     with pytest.raises(DataError, match=r"no\.jsonl"):
         run_forgetting_flow(replace(start, replay="no.jsonl"), progress=False)
+    with pytest.raises(DataError, match="from 1 to 103"):
+        run_forgetting_flow(replace(start, n_train=104), progress=False)
+    held_out = split_reviews(load_reviews(), n_train=8, seed=0)[1]
+    rows = [{"prompt": held_out[0].prompt().text, "completion": "positive"}]
+    write_bytes(tmp_path / "rows.json", json.dumps(rows).encode())
+    with pytest.raises(DataError, match="on which forgetting is measured"):
+        run_forgetting_flow(replace(start, replay=str(tmp_path / "rows.json")), progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -132,41 +139,46 @@ def test_the_same_items_are_compared_and_the_p_values_are_holms():
 
 
 def test_table_and_figure_show_what_helped():
-    prompts = [Prompt.from_text(f"p{i}") for i in range(10)]
-    judged = [
-        JudgedComparison(
-            comparison=Comparison(
-                a=Candidate(prompt=p, text="one", model="t"),
-                b=Candidate(prompt=p, text="two three", model="b"),
-            ),
-            forward=Verdict(judge="j", preferred="a" if i else "b", strength=1),
-        )
-        for i, p in enumerate(prompts)
-    ]
     base = {"t": scores("base", [1.0] * 40)}
     none, kept = [1.0] * 20 + [0.0] * 20, [1.0] * 38 + [0.0] * 2
 
-    def outcome(name, values, against, perplexity):
+    def outcome(name, values, against):
         return MitigationOutcome(
-            name=name, n_steps=9, learning_rate=0.004, win_rate=win_rate(judged),
-            perplexity_base=10.0, perplexity_tuned=perplexity,
+            key=name, name=name, n_steps=9, learning_rate=0.004,
+            gain=compare_items("g", "Gain", "acc", [0.0] * 10, [1.0] * 9 + [0.0]),
             changes=compare_scores(base, {"t": scores("tuned", values)}),
             against_none=compare_scores(against, {"t": scores("tuned", values)}),
         )  # fmt: skip
 
     outcomes = [
-        outcome("no mitigation", none, {}, 15.0),
-        outcome("replay", kept, {"t": scores("tuned", none)}, 10.5),
-        outcome("worse", [0.0] * 40, {"t": scores("tuned", none)}, 20.0),
+        outcome("no mitigation", none, {}),
+        outcome("replay", kept, {"t": scores("tuned", none)}),
+        outcome("worse", [0.0] * 40, {"t": scores("tuned", none)}),
     ]
     assert [o.helped("t") for o in outcomes] == [
         "no difference shown", "less forgotten", "more forgotten",
     ]  # fmt: skip
     header, _, first, second, third = forgetting_table(outcomes).splitlines()
-    assert header == "|  | steps | rate | win rate (95 %) | perplexity | Task (100%) |"
-    assert first.startswith("| no mitigation | 9 | 0.004 | 90% (")
-    assert first.endswith("| +50.0% | 50% ↓ |")
-    assert second.endswith("| +5.0% | 95%, helps |")
-    assert third.endswith("| +100.0% | 0% ↓, hurts |")
-    drawn = [text.get_text() for ax in forgetting_figure(outcomes).axes for text in ax.texts]
-    assert drawn == ["no mitigation", "replay", "worse"] * 2
+    assert header == "|  | steps | rate | Gain (0%) | Task (100%) |"
+    assert first == "| no mitigation | 9 | 0.004 | 90% ↑ | 50% ↓ |"
+    assert second == "| replay | 9 | 0.004 | 90% ↑ | 95%, helps |"
+    assert third == "| worse | 9 | 0.004 | 90% ↑ | 0% ↓, hurts |"
+    for runs in ([outcomes], [outcomes, outcomes]):
+        drawn = [text.get_text() for ax in forgetting_figure(runs).axes for text in ax.texts]
+        assert drawn == ["no mitigation", "replay", "worse"]
+
+
+def test_reviews_are_split_with_as_many_of_each_label_and_labels_are_right_or_wrong():
+    reviews = load_reviews()
+    assert len({review.text for review in reviews}) == len(reviews) == 104
+    learned, measured = split_reviews(reviews, n_train=32, seed=1)
+    for side in (learned, measured):
+        assert sum(review.label == "positive" for review in side) * 2 == len(side)
+    assert learned != split_reviews(reviews, n_train=32, seed=2)[0]
+    (group,) = review_preferences(learned[:1])
+    texts = [answer.text for answer in group.answers]
+    assert [texts[p.chosen] for p in group.preferences] == [learned[0].label] * 2
+    said = [" Positive.", "positively", "negative", "This review is positive."]
+    answers = [Candidate(prompt=learned[0].prompt(), text=text, model="m") for text in said]
+    review = Review("It is good.", "positive")
+    assert label_scores([review] * 4, answers) == [1.0, 0.0, 0.0, 0.0]

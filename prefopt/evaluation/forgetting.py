@@ -1,24 +1,24 @@
 """What a training gained and what it forgot, with and without mitigations: numbers, table, picture.
 
-In: for each way of training its win rate over the base model, its perplexity on plain text, and both
-models' scores on capability tasks item by item. Out: one `MitigationOutcome` a way, a Markdown table
-and a figure. It knows no model and no file.
+In: scores of the base model and of the tuned ones on the same items of the same tasks, each way of
+training one tuned model. Out: a `MitigationOutcome` a way, a Markdown table and a figure. It knows no
+model and no file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from prefopt.evaluation.capability_report import TaskChange, compare_items, holm
-from prefopt.evaluation.win_rate import WinRate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from prefopt.evaluation.capabilities import TaskScores
+    from prefopt.evaluation.capability_scores import TaskScores
 
 Helped = Literal["less forgotten", "more forgotten", "no difference shown"]
 """What a mitigation did to a task, by a paired test against the training without it."""
@@ -35,29 +35,22 @@ class MitigationOutcome(
     """One way of training, measured.
 
     Fields:
-        name: what is done against forgetting, for people.
+        key, name: what is done against forgetting, for files and for people.
         n_steps: optimiser steps.
         learning_rate: at its peak.
-        win_rate: over the base model on held-out prompts: the gain.
-        perplexity_base, perplexity_tuned: on plain text, before and after.
-        changes: each capability task, base model against tuned; p-values adjusted over the tasks.
+        gain: the narrow task that was trained, base model against tuned, on held-out items.
+        changes: each task that was not trained, base model against tuned; p-values adjusted over them.
         against_none: the same tasks, the training without mitigation against this one, item by item;
-            p-values adjusted over the tasks. Empty for that training itself.
+            p-values adjusted over them. Empty for that training itself.
     """
 
+    key: str
     name: str
     n_steps: int
     learning_rate: float
-    win_rate: WinRate
-    perplexity_base: float
-    perplexity_tuned: float
+    gain: TaskChange
     changes: tuple[TaskChange, ...]
     against_none: tuple[TaskChange, ...] = ()
-
-    @property
-    def perplexity_change(self) -> float:
-        """As a share: 0.05 where plain text is 5 % more surprising than before."""
-        return self.perplexity_tuned / self.perplexity_base - 1.0
 
     def helped(self, task: str) -> Helped:
         """What the paired test against the training without mitigation says of a task."""
@@ -68,14 +61,14 @@ class MitigationOutcome(
 
 
 def compare_scores(
-    before: Mapping[str, TaskScores], after: Mapping[str, TaskScores], *, seed: int = 0
+    before: Mapping[str, TaskScores], after: Mapping[str, TaskScores], *, alpha: float = 0.05
 ) -> tuple[TaskChange, ...]:
     """Two models' scores on the same tasks, item by item; Holm's method adjusts over the tasks.
 
     Args:
         before: the scores of the model that counts as the base, by task.
         after: those of the other one. Tasks that only one of them has are left out.
-        seed: of the random flips.
+        alpha: the chance to call any change where nothing changed.
     """
     changes = []
     names = [name for name in after if name in before]
@@ -90,8 +83,8 @@ def compare_scores(
                 [first[item.item] for item in both],
                 [item.score for item in both],
                 higher_is_better=after[name].higher_is_better,
+                alpha=alpha,
                 n_tasks=len(names),
-                seed=seed,
             )
         )
     adjusted = holm([change.p_value for change in changes])
@@ -99,78 +92,73 @@ def compare_scores(
         msgspec.structs.replace(
             change,
             p_value=p,
-            verdict=change.verdict if p <= 0.05 else "no change shown",
+            verdict=change.verdict if p <= alpha else "no change shown",
         )
         for change, p in zip(changes, adjusted, strict=True)
     )
 
 
 def forgetting_table(outcomes: Sequence[MitigationOutcome]) -> str:
-    """The outcomes as a Markdown table: gain, perplexity, and each task before and after.
+    """The outcomes as a Markdown table: the narrow task and the others, before and after.
 
-    "↓" marks a task on which the tuned model is shown to be worse than the base model, "↑" one on
-    which it is better; "helps" or "hurts" stands where the same items are shown to come out better,
-    or worse, than without mitigation.
+    The base model's figures are in the header. "↓" marks a task on which the tuned model is shown to
+    be worse than the base model, "↑" one on which it is better; "helps" or "hurts" stands where the
+    same items are shown to come out better, or worse, than without mitigation.
     """
-    tasks = outcomes[0].changes
-    head = ["", "steps", "rate", "win rate (95 %)", "perplexity"]
-    head += [f"{t.title} ({_value(t, t.base)})" for t in tasks]
+    first = outcomes[0]
+    head = ["", "steps", "rate"]
+    head += [f"{t.title} ({_value(t, t.base)})" for t in (first.gain, *first.changes)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for one in outcomes:
-        low, high = one.win_rate.headline_interval
-        cells = [
-            one.name,
-            str(one.n_steps),
-            f"{one.learning_rate:g}",
-            f"{one.win_rate.win_rate:.0%} ({low:.0%} to {high:.0%})",
-            f"{one.perplexity_change:+.1%}",
-        ]
-        for change in one.changes:
-            mark = {"dropped": " ↓", "gained": " ↑", "no change shown": ""}[change.verdict]
-            said = {"less forgotten": ", helps", "more forgotten": ", hurts"}.get(
-                one.helped(change.task), ""
-            )
-            cells.append(f"{_value(change, change.tuned)}{mark}{said}")
+        cells = [one.name, str(one.n_steps), f"{one.learning_rate:g}"]
+        cells += [marked(t, one.helped(t.task)) for t in (one.gain, *one.changes)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def marked(change: TaskChange, helped: Helped) -> str:
+    """The tuned model's figure with the marks of `forgetting_table`."""
+    arrow = {"dropped": " ↓", "gained": " ↑", "no change shown": ""}[change.verdict]
+    said = {"less forgotten": ", helps", "more forgotten": ", hurts"}.get(helped, "")
+    return f"{_value(change, change.tuned)}{arrow}{said}"
 
 
 def _value(change: TaskChange, value: float) -> str:
     return f"{value:.0%}" if change.is_share else f"{value:.3f}"
 
 
-def forgetting_figure(outcomes: Sequence[MitigationOutcome], title: str = "") -> Figure:
-    """Gain against what was forgotten: on plain text, and on the tasks that are answered.
+def forgetting_figure(runs: Sequence[Sequence[MitigationOutcome]]) -> Figure:
+    """Success at the narrow task against what each other task lost, a panel a task.
 
-    Up is better, left is better. The right panel's cost is the mean change over tasks that are shares
-    of items, in points.
+    Up is better, left is better. A task's loss is in points where it counts right answers, else in
+    percent of the base's figure. Of several runs each is a small mark and their mean a large one.
+
+    Args:
+        runs: the outcomes of each run, the same ways of training in the same order; the first is
+            the one without mitigation.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    costs = [
-        ("Plain text: rise of perplexity (%)", [100 * o.perplexity_change for o in outcomes]),
-        ("Tasks: mean loss (points)", [100 * _mean_loss(o) for o in outcomes]),
-    ]
-    for panel, (label, values) in zip(axes, costs, strict=True):
-        for number, (one, x) in enumerate(zip(outcomes, values, strict=True)):
-            low, high = one.win_rate.headline_interval
-            y = 100 * one.win_rate.win_rate
-            colour = "#d55e00" if number == 0 else "#0072b2"
-            panel.plot([x, x], [100 * low, 100 * high], color=colour, alpha=0.35, linewidth=1)
-            panel.plot(x, y, "s" if number == 0 else "o", color=colour, markersize=7)
-            panel.annotate(one.name, (x, y), textcoords="offset points", xytext=(7, 4), fontsize=8)
+    tasks = runs[0][0].changes
+    figure = Figure(figsize=(5.6 * len(tasks), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for place, (panel, task) in enumerate(zip(axes, tasks, strict=True)):
+        for number, several in enumerate(zip(*runs, strict=True)):
+            look: dict[str, Any] = {"color": "#d55e00" if number == 0 else "#0072b2"}
+            xs = [100 * one.changes[place].drop for one in several]
+            ys = [100 * one.gain.tuned for one in several]
+            middle = (fmean(xs), fmean(ys))
+            if len(runs) > 1:
+                panel.plot(xs, ys, ".", alpha=0.4, markersize=5, **look)
+            panel.plot(*middle, "s" if number == 0 else "o", markersize=8, **look)
+            panel.annotate(
+                several[0].name, middle, textcoords="offset points", xytext=(7, 4), fontsize=8
+            )
         panel.axvline(0, color="#59636e", linewidth=0.8)
-        panel.axhline(50, color="#59636e", linewidth=0.8)
-        panel.set_xlabel(label)
-        panel.margins(x=0.2)
+        panel.set_xlabel(f"{task.title}: lost ({'points' if task.is_share else '%'})")
+        panel.margins(x=0.25, y=0.1)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("Preferred to the base model (%)")
-    figure.suptitle(title or "What was gained, and what was forgotten", x=0.01, ha="left")
+    axes[0].set_ylabel(f"{runs[0][0].gain.title} (%)")
+    several_runs = f" ({len(runs)} seeds and their means)" if len(runs) > 1 else ""
+    figure.suptitle(f"What was gained, and what was forgotten{several_runs}", x=0.01, ha="left")
     return figure
-
-
-def _mean_loss(one: MitigationOutcome) -> float:
-    drops = [change.drop for change in one.changes if change.is_share]
-    return sum(drops) / len(drops) if drops else 0.0
