@@ -83,7 +83,8 @@ def measure_capabilities(
         batch_size: prompts in one forward pass.
         progress: show bars.
         out: a folder that keeps each item's score, so that a run that was killed goes on with the
-            task and model where it was. Results of other weights or settings are not taken over.
+            task and model where it was. Results of other weights or settings are not taken over, and
+            stay in the file.
 
     Raises:
         DataError: unknown task names, unusable folders, or no task that could run; before work.
@@ -103,6 +104,19 @@ def measure_capabilities(
     )
     settings = AskSettings(limit, seed, batch_size, progress)
     return _measure(sides, tasks, judge, settings, alpha, max_drop, out)
+
+
+def check_tasks(tasks: str | Sequence[str], judge: Judge | None = None) -> None:
+    """Raise now what `measure_capabilities` would raise for these tasks after an hour of other work.
+
+    Whether a task's data can be had is not asked.
+
+    Raises:
+        DataError: unknown task names, or unusable folders.
+        PrefoptError: lm-eval is not installed.
+    """
+    engine_version()
+    _find_tasks(tasks, judge)
 
 
 def compare_capabilities(
@@ -292,12 +306,19 @@ def _compare_writing(
     rows = read_rows(OWN_TASKS / "writing.jsonl").rows[: settings.limit]
     prompts = [Prompt.from_text(row.value["question"], "writing") for row in rows]
     sampling = SamplingSettings(temperature=0.0, top_p=1.0, max_new_tokens=_WRITING_TOKENS)
+    asked = {side.side: store.key(side, WRITING, [p.prompt_id for p in prompts]) for side in sides}
+    # A preference depends on both models and on the judge.
+    keys = {side.side: store.key(side, WRITING, judge.fingerprint, asked) for side in sides}
+    kept = [store.find(side, keys[side.side]) for side in sides]
+    if all(kept):
+        return [scores for scores in kept if scores is not None]
+
+    def partial_of(side: Side) -> Path | None:
+        name = f".writing_{side.side}.{asked[side.side]}.partial"
+        return None if store.folder is None else store.folder / name
+
     answers = {}
     for side in sides:
-        key = store.key(side, WRITING)
-        partial = store.folder / f".writing_{side.side}_{key}.partial" if store.folder else None
-        if partial is not None:
-            partial.parent.mkdir(parents=True, exist_ok=True)
         with side.active():
             answers[side.side] = sample_candidates(
                 prompts,
@@ -305,7 +326,7 @@ def _compare_writing(
                 k=1,
                 settings=sampling,
                 seed=settings.seed,
-                partial=partial,
+                partial=partial_of(side),
                 progress=settings.progress,
                 description=f"Writing ({side.side})",
             )
@@ -319,9 +340,9 @@ def _compare_writing(
         scored = score_comparisons(judged)
     except ValueError as error:
         return f"{WRITING}: {error}"
-    return [
+    found = [
         TaskScores(
-            key=store.key(side, WRITING),
+            key=keys[side.side],
             side=side.side,
             model=side.name,
             task=WRITING,
@@ -340,3 +361,9 @@ def _compare_writing(
         )
         for side in sides
     ]
+    if not scored.n_unscored:  # else the next call asks again for what is missing
+        for side, scores in zip(sides, found, strict=True):
+            store.add(scores)
+            if (partial := partial_of(side)) is not None:
+                partial.unlink(missing_ok=True)
+    return found
