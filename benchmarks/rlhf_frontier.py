@@ -127,6 +127,7 @@ class Sentiment(Gold):
 class Setting:
     """How much of everything one part of the benchmark takes."""
 
+    prompts_seed: int  # draws the prompts
     opening: int  # tokens of a prompt
     length: int  # tokens of an answer
     train: int  # prompts that are labelled
@@ -140,11 +141,44 @@ class Setting:
     target: float  # of the ratio to best-of-n
     gold: type[Gold]
     ppo: Figures | None = None  # settings of `PPOConfig`
+    average: float | None = None  # share of the steps whose weights are averaged
     lora: bool = False
 
 
 SETTINGS = {
+    "sentences": Setting(
+        prompts_seed=1000,
+        opening=8,
+        length=12,
+        train=4096,
+        test=128,
+        drawn=16,
+        pool=128,
+        at_once=1024,
+        k=4,
+        betas=(0.5, 1.0),
+        dpo={
+            "learning_rate": 3e-4,
+            "per_device_train_batch_size": 64,
+            "micro_batch_tokens": 4096,
+            "lr_scheduler_type": "cosine",
+        },
+        target=0.9,
+        gold=ReadingLevel,
+        ppo={
+            "kl_coef": 0.5,
+            "learning_rate": 6e-4,
+            "value_learning_rate": 2e-3,
+            "per_device_train_batch_size": 128,
+            "num_generations": 4,
+            "num_rollouts": 40,
+            "num_ppo_epochs": 2,
+            "micro_batch_tokens": 4096,
+            "generation_batch_size": 1024,
+        },
+    ),
     "stories": Setting(
+        prompts_seed=1000,
         opening=16,
         length=16,
         train=8192,
@@ -174,6 +208,7 @@ SETTINGS = {
         },
     ),
     "smollm2": Setting(
+        prompts_seed=1000,
         opening=8,
         length=16,
         train=256,
@@ -388,6 +423,11 @@ def labelled(trees: Sequence[AnswerTree], rewards: np.ndarray) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def averaging(setting: Setting) -> list[Any]:
+    """The callback that averages the weights, where the setting asks for it."""
+    return [] if setting.average is None else [prefopt.WeightAverage(share=setting.average)]
+
+
 def train_dpo(
     world: World, rows: Dataset, seed: int, folder: str, *, loss: str = "sigmoid", beta: float = 0.1
 ) -> Any:
@@ -401,11 +441,11 @@ def train_dpo(
             gradient_checkpointing=False,
             max_length=None,
             num_train_epochs=1,
-            lr_scheduler_type="cosine",
             warmup_steps=0.05,
         ),
         train_dataset=rows,
         processing_class=world.tokenizer,
+        callbacks=averaging(world.setting),
         peft_config=lora_config(LoRASettings()) if world.setting.lora else None,
     )
     trainer.train()
@@ -425,6 +465,7 @@ def train_ppo(world: World, prompts: Sequence[Ids], seed: int, folder: str) -> A
         ),
         Dataset.from_dict({"prompt_ids": [list(prompt) for prompt in prompts]}),
         processing_class=world.tokenizer,
+        callbacks=averaging(world.setting),
     )
     trainer.train()
     return trainer.model.eval()
@@ -433,11 +474,126 @@ def train_ppo(world: World, prompts: Sequence[Ids], seed: int, folder: str) -> A
 # --- The models ----------------------------------------------------------------------------------
 
 
+NAMES = ["Tom", "Lily", "Max", "Anna", "Benjamin", "Charlotte", "Ida", "Alexander"]
+NOUNS = {
+    "sea": ["boat", "wave", "fish", "shell", "lighthouse", "sailor"],
+    "farm": ["cow", "barn", "horse", "tractor", "chicken", "vegetable"],
+    "forest": ["tree", "owl", "bear", "squirrel", "path", "mushroom"],
+    "kitchen": ["pan", "cake", "oven", "strawberry", "spoon", "chocolate"],
+    "school": ["book", "teacher", "desk", "blackboard", "friend", "homework"],
+    "town": ["shop", "bus", "policeman", "street", "market", "restaurant"],
+}
+ADJECTIVES = [
+    "happy",
+    "sad",
+    "old",
+    "big",
+    "red",
+    "warm",
+    "enormous",
+    "wonderful",
+    "kind",
+    "frightened",
+    "quiet",
+    "beautiful",
+    "little",
+    "brave",
+    "comfortable",
+    "new",
+]
+VERBS = [
+    "saw",
+    "found",
+    "liked",
+    "painted",
+    "lost",
+    "remembered",
+    "helped",
+    "fed",
+    "followed",
+    "discovered",
+    "moved",
+    "understood",
+]
+ADVERBS = ["often", "slowly", "suddenly", "once", "carefully", "unfortunately", "never", "quietly"]
+
+
+def story(rng: np.random.Generator) -> list[str]:
+    """Three to six sentences, most of whose nouns belong to one place."""
+
+    def one_of(words: Sequence[str]) -> str:
+        frequency = 1 / np.sqrt(np.arange(1, len(words) + 1))
+        return words[rng.choice(len(words), p=frequency / frequency.sum())]
+
+    places = list(NOUNS)
+    place = places[rng.integers(len(places))]
+
+    def noun() -> str:
+        there = place if rng.random() < 0.85 else places[rng.integers(len(places))]
+        return one_of(NOUNS[there])
+
+    found: list[str] = []
+    for _ in range(rng.integers(3, 7)):
+        who, adjective, verb = one_of(NAMES), one_of(ADJECTIVES), one_of(VERBS)
+        sentences = (
+            f"{who} was {adjective} .",
+            f"{who} {verb} the {noun()} .",
+            f"the {adjective} {noun()} {verb} {who} .",
+            f"{who} {one_of(ADVERBS)} {verb} a {adjective} {noun()} .",
+            f"{who} and {one_of(NAMES)} went to the {place} .",
+            f"the {noun()} was {adjective} and {one_of(ADJECTIVES)} .",
+        )
+        found += sentences[rng.integers(len(sentences))].split()
+    return found
+
+
+def sentences(steps: int = 500, n_stories: int = 20_000) -> tuple[Any, Any, int, str]:
+    """A two-layer Llama over whole words that learns made-up stories; model, tokenizer, first, name."""
+    rng = np.random.default_rng(0)
+    text = [word for _ in range(n_stories) for word in (*story(rng), "<s>")]
+    vocabulary = {word: i for i, word in enumerate(["<s>", *sorted(set(text) - {"<s>"})])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<s>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=64,
+            intermediate_size=172,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    ids = torch.tensor([vocabulary[word] for word in text])
+    starts = (ids == 0).nonzero()[:-60, 0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(2, steps))
+    for _ in range(steps):
+        rows = ids[starts[torch.randint(len(starts), (32, 1))] + torch.arange(48)]
+        model(input_ids=rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    n = sum(weight.numel() for weight in model.parameters())
+    return model.eval(), tokenizer, 0, f"a model trained here on made-up stories ({n:,} parameters)"
+
+
 def stories() -> tuple[Any, Any, int, str]:
-    """The stories model, or one that is trained here; model, tokenizer, first token, name."""
+    """The stories model; model, tokenizer, first token, name."""
     folder = DATA / "lm_stories260k"
     if not folder.exists():
-        return (*made_up_model(), "a model trained here on made-up sentences")
+        raise SystemExit(
+            f"{folder} is not there. Set PREFOPT_DATA to the folder that has lm_stories260k, or run "
+            "--parts sentences, which trains its own model."
+        )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
@@ -450,50 +606,7 @@ def smollm2() -> tuple[Any, Any, int, str]:
     return loaded.model, loaded.tokenizer, 0, "SmolLM2-135M-Instruct (plain text)"
 
 
-def made_up_model(steps: int = 600) -> tuple[Any, Any, int]:
-    """A three-layer Llama over whole words, trained on sentences about animals and their moods."""
-    names = ["Tom", "Lily", "Max", *(f"the {animal}" for animal in ("dog", "cat", "bird", "bear"))]
-    moods = ["happy", "glad", "calm", "kind", "proud", "sad", "angry", "scared", "tired", "lonely"]
-    verbs = ["loved", "helped", "liked", "found", "saw", "hated", "lost", "broke", "feared", "hurt"]
-    things = ["ball", "tree", "house", "cake", "book", "flower", "toy", "storm", "friend", "song"]
-    rng = np.random.default_rng(0)
-
-    def sentence() -> str:
-        name, mood, verb, thing = map(rng.choice, (names, moods, verbs, things))
-        return f"{name} was {mood} . {name} {verb} the {thing} ."
-
-    text = " ".join(sentence() for _ in range(20_000)).split()
-    words = sorted(set(text))
-    vocabulary = {word: i for i, word in enumerate(["<s>", *words])}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<s>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="<s>", pad_token="<s>"
-    )
-    ids = torch.tensor([vocabulary[word] for word in text])
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=64,
-            intermediate_size=172,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            max_position_embeddings=64,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(steps):
-        starts = torch.randint(len(ids) - 48, (32, 1))
-        rows = torch.cat([torch.zeros(32, 1, dtype=torch.long), ids[starts + torch.arange(48)]], 1)
-        model(input_ids=rows, labels=rows).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval(), tokenizer, 0
+MODELS = {"sentences": sentences, "stories": stories, "smollm2": smollm2}
 
 
 # --- The parts -----------------------------------------------------------------------------------
@@ -502,11 +615,11 @@ def made_up_model(steps: int = 600) -> tuple[Any, Any, int]:
 def run_part(part: str, seeds: Sequence[int], folder: Path, say: Callable[[str], None]) -> Figures:
     """All policies of one model. Each that is measured is kept in `folder` and not done again."""
     setting = SETTINGS[part]
-    model, tokenizer, first, name = {"stories": stories, "smollm2": smollm2}[part]()
-    world = World(model, tokenizer, setting, first)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
-    prompts = world.openings(setting.test + setting.train, 0)
+    model, tokenizer, first, name = MODELS[part]()
+    world = World(model, tokenizer, setting, first)
+    prompts = world.openings(setting.test + setting.train, setting.prompts_seed)
     test, train = prompts[: setting.test], prompts[setting.test :]
     pool = world.sample(model, test, setting.pool, 1)
     world.gold.calibrate([t for tree in pool for t in tokenizer.batch_decode(tree.answers)])
@@ -562,42 +675,53 @@ def run_part(part: str, seeds: Sequence[int], folder: Path, say: Callable[[str],
         [AnswerTree(tree.prompt_ids, tree.answers[: setting.drawn]) for tree in pool]
     )
     policies = {method: summary(found, best) for method, found in runs.items()}
+    by_seed = [sum(run["cpu_s"] for run in of_seed) for of_seed in zip(*runs.values(), strict=True)]
+    minutes = (spent + max(by_seed)) / 60
+    say(f"{part}: {minutes:.1f} CPU minutes for the slowest seed, all policies and best-of-n")
     return {
         "model": name,
         "setting": dataclasses.asdict(setting) | {"gold": setting.gold.__name__},
         "seeds": list(seeds),
         "best_of_n": curve,
-        "best_of_n_cpu_s": spent,
+        "shared_cpu_s": spent,
+        "cpu_minutes": minutes,
         "reference_distinct_bigrams": distinct,
         "policies": policies,
-        "checks": checks(setting, policies, distinct),
+        "checks": checks(setting, policies, distinct, minutes),
     }
 
 
-def checks(setting: Setting, policies: dict[str, Figures], distinct: float) -> list[Figures]:
+def checks(
+    setting: Setting, policies: dict[str, Figures], distinct: float, minutes: float
+) -> list[Figures]:
     """What the benchmark asks for, each with its figure and whether it holds."""
     found = []
 
-    def check(what: str, value: float, target: float) -> None:
-        found.append({"what": what, "value": value, "target": target, "holds": value >= target})
+    def check(what: str, value: float, target: float, holds: bool) -> None:
+        found.append({"what": what, "value": value, "target": target, "holds": holds})
+
+    def at_least(what: str, value: float, target: float) -> None:
+        check(what, value, target, value >= target)
 
     for name, policy in policies.items():
         if name == "sft":
             continue
-        check(f"{name}: gain / best-of-n's at its KL", policy["ratio"]["mean"], setting.target)
+        at_least(f"{name}: gain / best-of-n's at its KL", policy["ratio"]["mean"], setting.target)
         if setting.lora:
-            check(f"{name}: gain, lower end of its interval", policy["gain"]["interval"][0], 0.0)
+            at_least(f"{name}: gain, lower end of its interval", policy["gain"]["interval"][0], 0.0)
             share = policy["distinct_bigrams"] / distinct
-            check(f"{name}: distinct bigrams / the reference's", share, 0.8)
+            at_least(f"{name}: distinct bigrams / the reference's", share, 0.8)
     low, high = (policies[f"dpo {beta:g}"]["kl_k1"]["mean"] for beta in sorted(setting.betas))
-    check("KL of the smaller beta / of the larger", low / max(high, 1e-6), 1.0)
+    at_least("KL of the smaller beta / of the larger", low / max(high, 1e-6), 1.0)
+    if not setting.lora:
+        check("CPU minutes of a seed, at most", minutes, 15.0, minutes <= 15.0)
     return found
 
 
 def run_frontier(
     seeds: Sequence[int],
     folder: str | Path,
-    parts: Sequence[str] = ("stories",),
+    parts: Sequence[str] = ("sentences",),
     say: Callable[[str], None] = print,
 ) -> Figures:
     """Measure the parts; every policy is kept in `folder`, so that a stopped call goes on."""
@@ -661,7 +785,9 @@ def table(result: Figures) -> str:
             f"{setting['train']} prompts of {setting['opening']} tokens with {setting['k']} answers "
             f"of {setting['length']} tokens each; {setting['test']} other prompts with "
             f"{setting['drawn']} answers each evaluate a policy; "
-            f"seeds {', '.join(map(str, part['seeds']))}.",
+            f"seeds {', '.join(map(str, part['seeds']))}. Prompts drawn with seed "
+            f"{setting['prompts_seed']}. {part['cpu_minutes']:.1f} CPU minutes for the slowest seed, "
+            f"{part['shared_cpu_s']:.0f} s of which all seeds share (model, prompts, best-of-n).",
             "",
             "| policy | gold | KL, k1 | KL, k3 | gain / best-of-n's at that KL | by seed | distinct "
             "bigrams / reference's | CPU s |",
@@ -692,8 +818,8 @@ def table(result: Figures) -> str:
 def main() -> int:
     """Measure, print and write; 1 where a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=list(SETTINGS), default=["stories"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", choices=list(SETTINGS), default=["sentences"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12])
     parser.add_argument("--cache", type=Path, help="keeps finished policies; None: kept nowhere")
     parser.add_argument("--quick", action="store_true", help="no files")
     options = parser.parse_args()
