@@ -77,7 +77,10 @@ def _kept(
 
     They are shares of the whole vocabulary, or `within` the `width` tokens.
     """
-    top, tokens = scores.topk(width, dim=-1)
+    if width == scores.shape[-1]:
+        top, tokens = scores.sort(dim=-1, descending=True)
+    else:
+        top, tokens = scores.topk(width, dim=-1)
     total = (top if within else scores).logsumexp(-1, keepdim=True)
     p = (top - total).exp()
     keep = torch.ones_like(p, dtype=torch.bool)
