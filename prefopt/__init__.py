@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from prefopt.data.demonstrations import demonstrations as demonstrations
     from prefopt.data.demonstrations import load_demonstrations as load_demonstrations
     from prefopt.data.export import export_preferences as export_preferences
+    from prefopt.data.general import load_general as load_general
     from prefopt.data.preference_data import load_preferences as load_preferences
     from prefopt.data.preference_data import preference_rows as preference_rows
     from prefopt.data.preference_data import push_preferences as push_preferences
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from prefopt.training.ppo_callbacks import PPOHealthWatch as PPOHealthWatch
     from prefopt.training.ppo_trainer import PPOConfig as PPOConfig
     from prefopt.training.ppo_trainer import PPOTrainer as PPOTrainer
+    from prefopt.training.replay import own_answers as own_answers
     from prefopt.training.reward import RewardSettings as RewardSettings
     from prefopt.training.reward import evaluate_reward_model as evaluate_reward_model
     from prefopt.training.reward import train_reward as train_reward
@@ -110,6 +112,7 @@ _HOMES = {
     "demonstrations": "data.demonstrations",
     "load_demonstrations": "data.demonstrations",
     "export_preferences": "data.export",
+    "load_general": "data.general",
     "load_preferences": "data.preference_data",
     "preference_rows": "data.preference_data",
     "push_preferences": "data.preference_data",
@@ -157,6 +160,7 @@ _HOMES = {
     "SampledAnswers": "training.callbacks",
     "DPOConfig": "training.dpo_trainer",
     "DPOTrainer": "training.dpo_trainer",
+    "own_answers": "training.replay",
     "RewardSettings": "training.reward",
     "evaluate_reward_model": "training.reward",
     "train_reward": "training.reward",

@@ -180,6 +180,27 @@ def test_the_sft_script_of_the_docs_runs_as_written(tmp_path, monkeypatch):
     assert (names["result"].n_demonstrations, names["result"].n_replay) == (9, 1)
 
 
+def test_the_replay_scripts_of_the_docs_run_as_written(tmp_path, monkeypatch):
+    """With a tiny model: general rows beside preferences, by the function and by the trainer."""
+    tiny_model = save_tiny_model(tmp_path / "tiny", context=1024)
+    rows = '{"prompt": "What is %d?", "chosen": " one thing", "rejected": " another"}\n'
+    (tmp_path / "preferences.jsonl").write_text("".join(rows % i for i in range(4)))
+    (tmp_path / "general.jsonl").write_text('{"text": "The sky is blue."}\n')
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks(ROOT / "docs" / "forgetting.md", "python"):
+        for shown, run in {
+            "Qwen/Qwen3-0.6B": tiny_model,
+            'output_dir="out"': 'output_dir="out", report_to="none", use_cpu=True, bf16=False',
+            "load_dataset(": "load_dataset(cache_dir='cache', path=",
+        }.items():
+            block = block.replace(shown, run)
+        exec(compile(block, "docs/forgetting.md", "exec"), names)
+    assert names["result"].n_replay == 1
+    names["trainer"].train()
+    assert names["trainer"]._replay.per_step == 1
+
+
 def test_options_named_in_the_docs_exist():
     help_text = build_parser().format_help() + "".join(
         sub.format_help() for sub in build_parser()._subcommands_action._name_parser_map.values()
