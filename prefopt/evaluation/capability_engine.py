@@ -249,19 +249,19 @@ def score_task(
             "hold NaN or overflow their number type; load it in float32 to see which, and lower "
             "the learning rate if training made them so."
         )
-    return store.add(
-        TaskScores(
-            key=key,
-            side=side.side,
-            model=side.name,
-            task=name,
-            title=title,
-            metric=metric.name,
-            higher_is_better=metric.higher_is_better,
-            items=items,
-            seconds=time.monotonic() - started,
-        )
+    scores = TaskScores(
+        key=key,
+        side=side.side,
+        model=side.name,
+        task=name,
+        title=title,
+        metric=metric.name,
+        higher_is_better=metric.higher_is_better,
+        items=items,
+        seconds=time.monotonic() - started,
     )
+    store.add(scores)
+    return scores
 
 
 def _ask(

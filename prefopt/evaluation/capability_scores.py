@@ -7,6 +7,7 @@ its key, so a file never serves results of another model that has the same name.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -39,7 +40,9 @@ class TaskScores(
 ):
     """One model's scores on one task: a line of `capabilities.jsonl`.
 
-    `key` is a hash of everything they depend on: weights, prompts, settings, the engine's version.
+    `key` is a hash of everything they depend on: weights, prompts, settings, the engine's version. A
+    file may hold results of several models and settings; of each side and task the last line is that
+    of the last call.
     """
 
     key: str
@@ -101,27 +104,27 @@ class ScoreStore:
             for side in sides
         }
         path = self.folder / SCORES_FILE
-        if path.exists():
-            self._kept = [
-                scores
-                for scores in read_records(path, TaskScores)
-                if scores.key.startswith(self._sides[scores.side][:16])
-            ]
+        if os.path.exists(path):  # False, not an error, where the folder may not be looked into
+            self._kept = read_records(path, TaskScores)
+        write_records(path, self._kept)  # a folder that cannot be written to is found before work
 
     def key(self, side: Side, *task: Any) -> str:
         """What a result depends on: first the model's and the settings' part, then the task's."""
         return f"{self._sides.get(side.side, '')[:16]}-{content_hash(task)[:16]}"
 
     def find(self, side: Side, key: str) -> TaskScores | None:
-        """A result that was finished before."""
-        return next((s for s in self._kept if (s.side, s.key) == (side.side, key)), None)
+        """A result that was finished before; it becomes the file's last."""
+        found = next((s for s in self._kept if (s.side, s.key) == (side.side, key)), None)
+        if found is not None:
+            self._kept.remove(found)
+            self.add(found)
+        return found
 
-    def add(self, scores: TaskScores) -> TaskScores:
+    def add(self, scores: TaskScores) -> None:
         """Keep a finished result."""
         self._kept.append(scores)
         if self.folder is not None:
             write_records(self.folder / SCORES_FILE, self._kept)
-        return scores
 
 
 def weights_hash(model: Any, *, with_adapter: bool = True) -> str:
