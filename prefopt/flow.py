@@ -117,7 +117,7 @@ def run_flow(
     from prefopt.data.preference_data import save_preferences
     from prefopt.data.preflight import preflight
     from prefopt.data.records import write_bytes
-    from prefopt.evaluation.capabilities import measure_capabilities
+    from prefopt.evaluation.capabilities import check_tasks, measure_capabilities
     from prefopt.evaluation.eval_report import (
         EvalReport,
         build_report,
@@ -132,6 +132,8 @@ def run_flow(
 
     ledger = Path(config.out) / LEDGER
     judge, train, held_out, weights = checked_inputs(config)
+    if config.capabilities != "none":
+        check_tasks(config.capabilities, judge)
     general: Any = config.dpo.replay  # a name, or the rows that it names
     if general is not None and general != OWN_ANSWERS:
         general = load_general(general, held_out=held_out)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.errors import JudgeUnavailable, ModelError, RunError
+from prefopt.errors import DataError, JudgeUnavailable, ModelError, RunError
 from prefopt.flow import FlowConfig, run_flow
 from prefopt.models import LoRASettings
 from prefopt.sampling.candidates import SamplingSettings
@@ -290,3 +290,22 @@ def test_the_same_flow_with_claude_as_judge_pays_once(
     for path in out.rglob("*"):
         if path.is_file():
             assert b"sk-secret-key" not in path.read_bytes(), path
+
+
+def test_capabilities_are_checked_first_and_change_the_report_alone(
+    finished, tiny_model, prompt_file, tmp_path
+):
+    pytest.importorskip("lm_eval")
+    with pytest.raises(DataError, match="did you mean prefopt_plain_text"):
+        run_flow(
+            config(tmp_path / "no", tiny_model, prompt_file, capabilities="prefopt_plane_text"),
+            progress=False,
+        )
+    assert not (tmp_path / "no").exists()
+    shutil.copytree(finished[0], tmp_path / "run")
+    kept = hashes(tmp_path / "run")
+    more = config(tmp_path / "run", tiny_model, prompt_file, capabilities="prefopt_plain_text")
+    report = run_flow(more, on_change="redo", progress=False)
+    assert [t.task for t in report.capabilities.tasks] == ["prefopt_plain_text"]
+    now = hashes(tmp_path / "run")
+    assert {name for name in kept if now[name] != kept[name]} == {"report/report.json"}

@@ -166,6 +166,7 @@ def evaluate_model(
     """
     from prefopt.data.prompts import load_prompts
     from prefopt.data.records import write_records
+    from prefopt.evaluation.capabilities import check_tasks, measure_capabilities
     from prefopt.evaluation.policy_shift import measure_shift
 
     if adapter is None:
@@ -175,6 +176,8 @@ def evaluate_model(
         )
     asked = _asked(judge, rubric, max_usd, prices)
     _check_labels(human_labels, to_label)
+    if capabilities != "none":
+        check_tasks(capabilities, asked)
     questions = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
     out = Path(out)
     weights = content_hash([model_fingerprint(model), adapter_fingerprint(str(adapter))])
@@ -189,17 +192,11 @@ def evaluate_model(
 
     out.mkdir(parents=True, exist_ok=True)
     measured = None
-    # First: a task that does not exist is noticed before an hour of judging.
     if capabilities != "none":
-        measured = _capabilities(
-            tuned,
-            capabilities,
-            max_drop=max_drop,
-            judge=asked,
-            seed=seed,
-            progress=progress,
-            out=out,
-        )
+        measured = measure_capabilities(
+            tuned, tasks=capabilities, max_drop=max_drop, judge=asked, seed=seed, progress=progress,
+            out=out / "capabilities",
+        )  # fmt: skip
     answers = {"tuned": answer("tuned", tuned)}
     with tuned.adapter_off() as base:
         answers["base"] = answer("base", replace(base, name=model))
@@ -444,16 +441,6 @@ def _training(adapter: str | Path, beta: float | None) -> dict[str, Any]:
     if not points:
         return {}
     return {"training": training_curve(points), "health": diagnose(points, beta=beta)}
-
-
-def _capabilities(
-    tuned: LanguageModel, tasks: str | Sequence[str], *, max_drop: float, out: Path, **options: Any
-) -> Any:
-    from prefopt.evaluation.capabilities import measure_capabilities
-
-    return measure_capabilities(
-        tuned, tasks=tasks, max_drop=max_drop, out=out / "capabilities", **options
-    )
 
 
 def _report(

@@ -258,9 +258,12 @@ def _unmeasured(name: str, why: str) -> ModelRow:
 
 
 def _mean(mean: Mean) -> str:
+    largest = max(abs(x) for x in (mean.value, mean.low, mean.high) if x is not None)
+    digits = 1 if largest >= 1 else 2
     if mean.low is None or mean.high is None:
-        return f"{mean.value:.1f}"
-    return f"{mean.value:.1f} ({mean.low:.1f}–{mean.high:.1f})".replace("-", "\u2212")
+        return f"{mean.value:.{digits}f}".replace("-", "\u2212")
+    text = f"{mean.value:.{digits}f} ({mean.low:.{digits}f} to {mean.high:.{digits}f})"
+    return text.replace("-", "\u2212")
 
 
 def p_in_words(p_value: float) -> str:
