@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import urllib.request
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import xllamacpp
+
+
+def build() -> str:
+    """Which llama.cpp this is."""
+    return f"llama.cpp of xllamacpp {importlib.metadata.version('xllamacpp')}"
 
 
 class LlamaServer:
