@@ -74,8 +74,9 @@ def sample(
     Example: prefopt sample --prompts prompts.jsonl --model demo --k 4 --out candidates.jsonl
 
     Args:
-        out: JSONL file for the answers, one a line. Unfinished work is kept in `<out>.partial`, and
-            answers of an API, which may be paid for, in `<out>.partial.sqlite`.
+        out: JSONL file for the answers, one a line; how they were sampled is written to
+            `<out>.settings.json`. Unfinished work is kept in `<out>.partial`, and answers of an API,
+            which may be paid for, in `<out>.partial.sqlite`.
         prompts: "everyday" (built in), a .jsonl, .json, .parquet or .txt file, or a Hub dataset.
         model: "demo", a folder, or a Hub id; "vllm:<model>", "openai:<model>@<base_url>" or
             "anthropic:<model>". Several, as "[one, two]" or with --model for each, make a pool.
@@ -88,10 +89,11 @@ def sample(
             continued, in US dollars.
         prices: JSON file with prices by model, as in `prefopt judge label`.
     """
+    from dataclasses import asdict
     from pathlib import Path
 
     from prefopt.data.prompts import load_prompts
-    from prefopt.data.records import write_records
+    from prefopt.data.records import write_bytes, write_records
     from prefopt.sampling.candidates import sample_candidates
 
     asked = load_prompts(prompts)
@@ -109,6 +111,8 @@ def sample(
         partial=partial,
     )
     write_records(out, candidates)
+    said = {"model": model, "adapter": adapter, "k": k, "seed": seed, "sampling": asdict(sampling)}
+    write_bytes(f"{out}.settings.json", json.dumps(said, indent=1).encode() + b"\n")
     partial.unlink(missing_ok=True)
     print(f"{len(candidates)} answers to {len(asked)} prompts in {out}")
 

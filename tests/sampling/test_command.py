@@ -1,5 +1,9 @@
 """`prefopt sample`: several models into one file, and what is left of a killed command."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from prefopt.cli import main
@@ -20,7 +24,12 @@ def test_several_models_fill_one_file(tmp_path, tiny_model, capsys):
     assert "8 answers to 2 prompts" in capsys.readouterr().out
     found = read_records(out, Candidate)
     assert [c.model for c in found] == [tiny_model, tiny_model, other, other] * 2
-    assert [p.name for p in tmp_path.glob("pool*")] == ["pool.jsonl"]
+    assert sorted(p.name for p in tmp_path.glob("pool*")) == [
+        "pool.jsonl", "pool.jsonl.settings.json",
+    ]  # fmt: skip
+    said = json.loads((tmp_path / "pool.jsonl.settings.json").read_text())
+    assert said["model"] == [tiny_model, other]
+    assert said["sampling"]["max_new_tokens"] == 4
     again = tmp_path / "again.jsonl"
     assert main(["sample", "--model", f"[{tiny_model},{other}]", *shared, "--out", str(again)]) == 0
     assert again.read_bytes() == out.read_bytes()
@@ -40,3 +49,14 @@ def test_what_cannot_work_is_told_before_anything_is_sampled(given, said, tmp_pa
     assert main(["sample", *given, "--out", str(tmp_path / "out.jsonl")]) != 0
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_docs_run_as_written(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "sampling.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    block = block.replace("Qwen/Qwen3-0.6B", save_tiny_model(tmp_path, context=512)).replace(
+        '"everyday")', '"everyday")[:2]'
+    )
+    names = {}
+    exec(compile(block.replace(", k=4", ", k=2, progress=False"), str(page), "exec"), names)
+    assert len(names["candidates"]) == 4
