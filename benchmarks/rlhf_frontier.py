@@ -142,6 +142,7 @@ class Setting:
     gold: type[Gold]
     ppo: Figures | None = None  # settings of `PPOConfig`
     average: float | None = None  # share of the steps whose weights are averaged
+    sft: bool = True  # whether a policy learns from the better answers alone
     lora: bool = False
 
 
@@ -211,16 +212,22 @@ SETTINGS = {
         prompts_seed=1000,
         opening=8,
         length=16,
-        train=256,
-        test=64,
+        train=128,
+        test=48,
         drawn=4,
-        pool=32,
+        pool=24,
         at_once=128,
         k=4,
-        betas=(0.1, 0.5),
-        dpo={"learning_rate": 2e-4, "per_device_train_batch_size": 16, "micro_batch_tokens": 512},
+        betas=(0.1, 1.0),
+        dpo={
+            "learning_rate": 3e-4,
+            "per_device_train_batch_size": 8,
+            "micro_batch_tokens": 512,
+            "lr_scheduler_type": "cosine",
+        },
         target=0.7,
         gold=Sentiment,
+        sft=False,
         lora=True,
     ),
 }
@@ -474,48 +481,26 @@ def train_ppo(world: World, prompts: Sequence[Ids], seed: int, folder: str) -> A
 # --- The models ----------------------------------------------------------------------------------
 
 
-NAMES = ["Tom", "Lily", "Max", "Anna", "Benjamin", "Charlotte", "Ida", "Alexander"]
+NAMES = ("Tom", "Lily", "Max", "Anna", "Benjamin", "Charlotte", "Ida", "Alexander")
 NOUNS = {
-    "sea": ["boat", "wave", "fish", "shell", "lighthouse", "sailor"],
-    "farm": ["cow", "barn", "horse", "tractor", "chicken", "vegetable"],
-    "forest": ["tree", "owl", "bear", "squirrel", "path", "mushroom"],
-    "kitchen": ["pan", "cake", "oven", "strawberry", "spoon", "chocolate"],
-    "school": ["book", "teacher", "desk", "blackboard", "friend", "homework"],
-    "town": ["shop", "bus", "policeman", "street", "market", "restaurant"],
+    "sea": ("boat", "wave", "fish", "shell", "lighthouse", "sailor"),
+    "farm": ("cow", "barn", "horse", "tractor", "chicken", "vegetable"),
+    "forest": ("tree", "owl", "bear", "squirrel", "path", "mushroom"),
+    "kitchen": ("pan", "cake", "oven", "strawberry", "spoon", "chocolate"),
+    "school": ("book", "teacher", "desk", "blackboard", "friend", "homework"),
+    "town": ("shop", "bus", "policeman", "street", "market", "restaurant"),
 }
-ADJECTIVES = [
-    "happy",
-    "sad",
-    "old",
-    "big",
-    "red",
-    "warm",
-    "enormous",
-    "wonderful",
-    "kind",
-    "frightened",
-    "quiet",
-    "beautiful",
-    "little",
-    "brave",
-    "comfortable",
-    "new",
-]
-VERBS = [
-    "saw",
-    "found",
-    "liked",
-    "painted",
-    "lost",
-    "remembered",
-    "helped",
-    "fed",
-    "followed",
-    "discovered",
-    "moved",
-    "understood",
-]
-ADVERBS = ["often", "slowly", "suddenly", "once", "carefully", "unfortunately", "never", "quietly"]
+ADJECTIVES = (
+    "happy", "sad", "old", "big", "red", "warm", "enormous", "wonderful", "kind", "frightened",
+    "quiet", "beautiful", "little", "brave", "comfortable", "new",
+)  # fmt: skip
+VERBS = (
+    "saw", "found", "liked", "painted", "lost", "remembered", "helped", "fed", "followed",
+    "discovered", "moved", "understood",
+)  # fmt: skip
+ADVERBS = (
+    "often", "slowly", "suddenly", "once", "carefully", "unfortunately", "never", "quietly",
+)  # fmt: skip
 
 
 def story(rng: np.random.Generator) -> list[str]:
@@ -548,7 +533,7 @@ def story(rng: np.random.Generator) -> list[str]:
 
 
 def sentences(steps: int = 500, n_stories: int = 20_000) -> tuple[Any, Any, int, str]:
-    """A two-layer Llama over whole words that learns made-up stories; model, tokenizer, first, name."""
+    """A two-layer Llama over whole words, trained on made-up stories; returns as `stories` does."""
     rng = np.random.default_rng(0)
     text = [word for _ in range(n_stories) for word in (*story(rng), "<s>")]
     vocabulary = {word: i for i, word in enumerate(["<s>", *sorted(set(text) - {"<s>"})])}
@@ -627,7 +612,7 @@ def run_part(part: str, seeds: Sequence[int], folder: Path, say: Callable[[str],
     best = BestOf(scores)
     spent = time.process_time() - started
     methods = [
-        "sft",
+        *(["sft"] if setting.sft else []),
         *(f"dpo {beta:g}" for beta in setting.betas),
         *(["ppo"] if setting.ppo else []),
     ]
@@ -766,26 +751,28 @@ def table(result: Figures) -> str:
     lines = [
         "# Reward against KL on real language models",
         "",
-        f"`python benchmarks/rlhf_frontier.py --parts {' '.join(result['parts'])}` at "
-        f"{result['commit']}: {result['machine']}, 1 thread, {result['versions']}. Gold reward: "
-        "reading level (stories) or sentiment (SmolLM2), mean 0 and standard deviation 1 under the "
-        "reference. Intervals: bootstrap over prompts, 95 %.",
+        "Gold reward: mean 0 and standard deviation 1 under the reference. Intervals: bootstrap over "
+        "prompts, 95 %. What was tuned on what: `benchmarks/rlhf_frontier.py`.",
     ]
 
     def shown(figure: Figures) -> str:
         low, high = figure["interval"]
         return f"{figure['mean']:.2f} [{low:.2f}, {high:.2f}]"
 
-    for part in result["parts"].values():
+    for name, part in result["parts"].items():
         setting = part["setting"]
+        seeds = " ".join(map(str, part["seeds"]))
         lines += [
             "",
             f"## {part['model']}",
             "",
+            f"`python benchmarks/rlhf_frontier.py --parts {name} --seeds {seeds}` at "
+            f"{part['commit']}: {part['machine']}, 1 thread, {part['versions']}. Gold reward: "
+            f"{setting['gold']}.",
+            "",
             f"{setting['train']} prompts of {setting['opening']} tokens with {setting['k']} answers "
             f"of {setting['length']} tokens each; {setting['test']} other prompts with "
-            f"{setting['drawn']} answers each evaluate a policy; "
-            f"seeds {', '.join(map(str, part['seeds']))}. Prompts drawn with seed "
+            f"{setting['drawn']} answers each evaluate a policy. Prompts drawn with seed "
             f"{setting['prompts_seed']}. {part['cpu_minutes']:.1f} CPU minutes for the slowest seed, "
             f"{part['shared_cpu_s']:.0f} s of which all seeds share (model, prompts, best-of-n).",
             "",
@@ -815,6 +802,18 @@ def table(result: Figures) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(parts: Figures, folder: Path) -> None:
+    """JSON, Markdown and picture, beside the parts that an earlier call measured."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "rlhf_frontier.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {"parts": {}}
+    known = earlier["parts"] | parts
+    result = {"parts": {name: known[name] for name in SETTINGS if name in known}}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "rlhf_frontier.md").write_text(table(result))
+    plot(result, folder / "rlhf_frontier.svg")
+
+
 def main() -> int:
     """Measure, print and write; 1 where a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -825,21 +824,16 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         parts = run_frontier(options.seeds, options.cache or temporary, options.parts)
-    result = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-        ).stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "parts": parts,
-    }
-    text = table(result)
-    print(text)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    for part in parts.values():
+        part["commit"] = commit
+        part["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        part["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(table({"parts": parts}))
     if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "rlhf_frontier.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "rlhf_frontier.md").write_text(text)
-        plot(result, RESULTS / "rlhf_frontier.svg")
+        write(parts, RESULTS)
     return 0 if all(c["holds"] for part in parts.values() for c in part["checks"]) else 1
 
 

@@ -1,4 +1,4 @@
-"""Reward against KL: best-of-n by hand, the ratio where it is known, and the whole course once, tiny."""
+"""Reward against KL: best-of-n by hand, the ratio where it is known, and one tiny whole run."""
 
 import dataclasses
 import json
@@ -77,11 +77,12 @@ def test_a_check_that_is_missed_says_so():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Four words an answer, a model of three steps, one step of each training."""
+    """Four words an answer, a model of three steps, a few steps of each training."""
     sizes = {"train": 6, "test": 4, "drawn": 2, "pool": 8, "at_once": 16, "opening": 3, "length": 4}
     setting = frontier.SETTINGS["sentences"]
+    dpo = setting.dpo | {"per_device_train_batch_size": 2, "learning_rate": 1e-2}
     ppo = setting.ppo | {"per_device_train_batch_size": 4, "num_rollouts": 1}
-    tiny = dataclasses.replace(setting, **sizes, ppo=ppo)
+    tiny = dataclasses.replace(setting, **sizes, dpo=dpo, ppo=ppo)
     monkeypatch.setitem(frontier.SETTINGS, "sentences", tiny)
     model = frontier.sentences(steps=3, n_stories=80)
     monkeypatch.setitem(frontier.MODELS, "sentences", lambda: model)
@@ -110,16 +111,37 @@ def test_the_whole_course_its_report_and_what_is_kept(tiny, tmp_path):
     part = parts["sentences"]
     assert list(part["policies"]) == ["sft", "dpo 0.5", "dpo 1", "ppo"]
     assert all(math.isfinite(p["kl_k1"]["mean"]) for p in part["policies"].values())
+    assert all(p["kl_k3"]["mean"] > 1e-4 for p in part["policies"].values())
     assert "CPU minutes for the slowest seed" in said[-1]
     # Nothing is trained again.
     again: list[str] = []
     kept = frontier.run_frontier([0], tmp_path / "kept", ["sentences"], again.append)
     assert kept["sentences"]["policies"] == part["policies"]
     assert len(again) == 1
-    result = {"commit": "c", "machine": "m", "versions": "v", "parts": parts}
-    json.dumps(result)
-    text = frontier.table(result)
-    assert text.count("| ppo |") == 1
-    assert "MISSED" in text or "holds" in text
-    frontier.plot(result, tmp_path / "picture.svg")
-    assert b"<svg" in (tmp_path / "picture.svg").read_bytes()[:400]
+    part |= {"commit": "c", "machine": "m", "versions": "v"}
+    frontier.write(parts, tmp_path / "results")
+    # A part that is measured later stands beside it, and one that is measured again takes its place.
+    frontier.write({"smollm2": part | {"model": "another"}}, tmp_path / "results")
+    frontier.write({"smollm2": part | {"model": "a third"}}, tmp_path / "results")
+    found = json.loads((tmp_path / "results/rlhf_frontier.json").read_text())["parts"]
+    assert [p["model"] for p in found.values()] == [part["model"], "a third"]
+    text = (tmp_path / "results/rlhf_frontier.md").read_text()
+    assert text.count("| ppo |") == 2
+    assert "--parts smollm2 --seeds 0` at c" in text
+    assert b"<svg" in (tmp_path / "results/rlhf_frontier.svg").read_bytes()[:400]
+
+
+def test_adapters_leave_the_reference_as_it_was(tiny, tmp_path, monkeypatch):
+    """The course of SmolLM2: LoRA on one model, no SFT, no PPO."""
+    setting = dataclasses.replace(frontier.SETTINGS["sentences"], lora=True, sft=False, ppo=None)
+    monkeypatch.setitem(frontier.SETTINGS, "sentences", setting)
+    model = tiny[0]
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    parts = frontier.run_frontier([0], tmp_path, ["sentences"], lambda _: None)
+    assert list(parts["sentences"]["policies"]) == ["dpo 0.5", "dpo 1"]
+    assert all(p["kl_k3"]["mean"] > 1e-4 for p in parts["sentences"]["policies"].values())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    asked = [check["what"] for check in parts["sentences"]["checks"]]
+    assert "dpo 1: distinct bigrams / the reference's" in asked
