@@ -333,6 +333,9 @@ class DPOTrainer(TreeTrainer):
         batches = replay_batches(
             rows, self._budget, process=process, n_processes=self.accelerator.num_processes
         )
+        # A process that has none of the rows reports the metric too: all add up the same ones.
+        nothing = torch.zeros(0, device=device)
+        self._averages["train"].add("replay/nll", nothing, nothing)
         n_tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
         # Before the pairs: with the last micro-batch of a step processes add up their gradients, and
         # every process has one with pairs.

@@ -95,6 +95,7 @@ def make_trainer(
     peft_config=LORA,
     callbacks=None,
     kind=DPOTrainer,
+    replay_dataset=None,
     **settings,
 ):
     arguments = {
@@ -113,6 +114,7 @@ def make_trainer(
         processing_class=tiny_tokenizer(),
         peft_config=copy.deepcopy(peft_config),
         callbacks=callbacks,
+        replay_dataset=replay_dataset,
     )
 
 

@@ -20,7 +20,7 @@ ROWS = pair_rows(14)
 
 def in_two_processes(folder, settings):
     """Train there; returns the first process's weights and metrics."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
@@ -67,6 +67,14 @@ def assert_same_training(folder, settings):
         for name, value in other.items():
             same = own[name] == pytest.approx(value, rel=1e-4, abs=1e-5)
             assert same or name == "epoch", name  # which counts batches
+
+
+def test_general_rows_are_shared_out_over_two_processes(tmp_path):
+    """Three rows a step, which two processes cannot share evenly; and one, which only one has."""
+    rows = [f"The sky over {i} towns is blue{' and green' * i}." for i in range(5)]
+    for share in (0.43, 0.2):
+        settings = {"replay_dataset": rows, "replay_share": share, "micro_batch_tokens": 20}
+        assert_same_training(tmp_path / str(share), settings)
 
 
 def test_two_processes_are_one(tmp_path):
