@@ -141,7 +141,6 @@ class Setting:
     target: float  # of the ratio to best-of-n
     gold: type[Gold]
     ppo: Figures | None = None  # settings of `PPOConfig`
-    average: float | None = None  # share of the steps whose weights are averaged
     sft: bool = True  # whether a policy learns from the better answers alone
     lora: bool = False
 
@@ -193,6 +192,7 @@ SETTINGS = {
             "learning_rate": 3e-4,
             "per_device_train_batch_size": 128,
             "micro_batch_tokens": 16384,
+            "lr_scheduler_type": "cosine",
         },
         target=0.9,
         gold=ReadingLevel,
@@ -430,11 +430,6 @@ def labelled(trees: Sequence[AnswerTree], rewards: np.ndarray) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def averaging(setting: Setting) -> list[Any]:
-    """The callback that averages the weights, where the setting asks for it."""
-    return [] if setting.average is None else [prefopt.WeightAverage(share=setting.average)]
-
-
 def train_dpo(
     world: World, rows: Dataset, seed: int, folder: str, *, loss: str = "sigmoid", beta: float = 0.1
 ) -> Any:
@@ -452,7 +447,6 @@ def train_dpo(
         ),
         train_dataset=rows,
         processing_class=world.tokenizer,
-        callbacks=averaging(world.setting),
         peft_config=lora_config(LoRASettings()) if world.setting.lora else None,
     )
     trainer.train()
@@ -472,7 +466,6 @@ def train_ppo(world: World, prompts: Sequence[Ids], seed: int, folder: str) -> A
         ),
         Dataset.from_dict({"prompt_ids": [list(prompt) for prompt in prompts]}),
         processing_class=world.tokenizer,
-        callbacks=averaging(world.setting),
     )
     trainer.train()
     return trainer.model.eval()

@@ -91,7 +91,6 @@ if TYPE_CHECKING:
     from prefopt.training.reward_trainer import RewardTrainer as RewardTrainer
     from prefopt.training.sft import SFTSettings as SFTSettings
     from prefopt.training.sft import train_sft as train_sft
-    from prefopt.training.weight_average import WeightAverage as WeightAverage
     from prefopt.types import Candidate as Candidate
     from prefopt.types import Comparison as Comparison
     from prefopt.types import JudgedComparison as JudgedComparison
@@ -177,7 +176,6 @@ _HOMES = {
     "PPOTrainer": "training.ppo_trainer",
     "SFTSettings": "training.sft",
     "train_sft": "training.sft",
-    "WeightAverage": "training.weight_average",
     "Candidate": "types",
     "Comparison": "types",
     "JudgedComparison": "types",
