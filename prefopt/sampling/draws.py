@@ -23,6 +23,8 @@ from prefopt.errors import ModelError
 # torch's top-k is fast as long as k is below about a hundredth of the vocabulary.
 _FIRST_LOOK = 96
 
+_BLOCK = 512
+
 
 def draw_tokens(
     logits: Tensor,
@@ -101,7 +103,23 @@ def _draw(kept: Tensor, tokens: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first place (B,) whose running sum of `weights` (B, N) exceeds u times the whole sum."""
+    """The first place (B,) whose running sum of `weights` (B, N) exceeds u times the whole sum.
+
+    First the block, then the place in it: running sums of whole vocabularies in float64 would take
+    longer than the softmax, and in float32 lose the small ones.
+    """
+    over = -weights.shape[-1] % _BLOCK
+    if weights.shape[-1] <= _BLOCK:
+        return _place(weights, uniforms)[0]
+    padded = torch.nn.functional.pad(weights, (0, over)) if over else weights
+    blocks = padded.unflatten(-1, (-1, _BLOCK))
+    block, inside = _place(blocks.sum(-1), uniforms)
+    rows = torch.arange(len(block), device=block.device)
+    return block * _BLOCK + _place(blocks[rows, block], inside)[0]
+
+
+def _place(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The place (B,), and how far through its own weight u lies there, in [0, 1]."""
     sums = weights.cumsum(-1, dtype=torch.float64)
     whole = sums[:, -1:]
     if not torch.isfinite(whole).all():
@@ -113,4 +131,7 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     below = torch.minimum(
         uniforms[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole))
     )
-    return torch.searchsorted(sums, below, right=True)[:, 0]
+    place = torch.searchsorted(sums, below, right=True)
+    width = weights.gather(-1, place).double()
+    inside = (below - (sums.gather(-1, place) - width)) / width
+    return place[:, 0], inside[:, 0].clamp(0.0, 1.0)

@@ -84,6 +84,19 @@ def test_the_ends_of_the_interval_draw_tokens_that_can_be_drawn(how, u):
     assert draw_tokens(logits, torch.tensor([u], dtype=torch.float64), **how).tolist() == [expected]
 
 
+@pytest.mark.parametrize("n_tokens", [511, 512, 513, 5_000])
+def test_large_vocabularies_are_drawn_from_by_blocks(n_tokens):
+    """Every token of a large vocabulary comes up where its own part of the interval lies."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(n_tokens, generator=generator, dtype=torch.float64)
+    p[::7] = 0
+    p /= p.sum()
+    tokens = p.nonzero()[:, 0]
+    uniforms = (p.cumsum(0) - p / 2)[tokens]  # the middle of each
+    logits = p.log().float().expand(len(tokens), -1)
+    assert torch.equal(draw_tokens(logits, uniforms), tokens)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("how", [{}, {"top_k": 3}, {"top_p": 0.9}])
 def test_logits_that_are_no_numbers_are_told(bad, how):
