@@ -197,7 +197,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/speed_sampling.py --prompts {results['prompts']} --rounds "
         f"{results['rounds']}` at {results['commit']}: {results['machine']}, 1 thread, torch "
-        f" {results['torch']}, transformers {results['transformers']}. SmolLM2-135M in fp32, "
+        f"{results['torch']}, transformers {results['transformers']}. SmolLM2-135M in fp32, "
         f"{K} answers a prompt. New tokens, end tokens included and padding not, a process CPU "
         "second over all rounds, which take turns; in brackets the lowest and highest round.",
         "",
