@@ -58,9 +58,13 @@ if TYPE_CHECKING:
     from prefopt.plan import plan_training as plan_training
     from prefopt.preferences import build_preferences as build_preferences
     from prefopt.preferences import pair_candidates as pair_candidates
+    from prefopt.sampling.api_sampler import AnthropicSampler as AnthropicSampler
+    from prefopt.sampling.api_sampler import OpenAISampler as OpenAISampler
     from prefopt.sampling.best_of_n import best_of_n as best_of_n
-    from prefopt.sampling.candidates import SamplingSettings as SamplingSettings
     from prefopt.sampling.candidates import sample_candidates as sample_candidates
+    from prefopt.sampling.sampler import load_sampler as load_sampler
+    from prefopt.sampling.settings import SamplingSettings as SamplingSettings
+    from prefopt.sampling.vllm_sampler import VLLMSampler as VLLMSampler
     from prefopt.serving.adapter_check import check_adapter as check_adapter
     from prefopt.serving.gguf_file import export_gguf as export_gguf
     from prefopt.serving.gguf_file import export_gguf_adapter as export_gguf_adapter
@@ -146,7 +150,11 @@ _HOMES = {
     "build_preferences": "preferences",
     "pair_candidates": "preferences",
     "best_of_n": "sampling.best_of_n",
-    "SamplingSettings": "sampling.candidates",
+    "SamplingSettings": "sampling.settings",
+    "AnthropicSampler": "sampling.api_sampler",
+    "OpenAISampler": "sampling.api_sampler",
+    "VLLMSampler": "sampling.vllm_sampler",
+    "load_sampler": "sampling.sampler",
     "sample_candidates": "sampling.candidates",
     "check_adapter": "serving.adapter_check",
     "export_gguf": "serving.gguf_file",
