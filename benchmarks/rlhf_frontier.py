@@ -142,6 +142,7 @@ class Setting:
     gold: type[Gold]
     ppo: Figures | None = None  # settings of `PPOConfig`
     sft: bool = True  # whether a policy learns from the better answers alone
+    more: dict[str, Figures] = field(default_factory=dict)  # further runs of DPO; nothing is asked
     lora: bool = False
 
 
@@ -165,6 +166,15 @@ SETTINGS = {
         },
         target=0.9,
         gold=ReadingLevel,
+        more={
+            "dpo 0.5, rate 1e-3": {"beta": 0.5, "learning_rate": 1e-3},
+            "dpo 0.5 + 0.1 sft, rate 1e-3": {
+                "beta": 0.5,
+                "learning_rate": 1e-3,
+                "loss_type": ["sigmoid", "sft"],
+                "loss_weights": [1.0, 0.1],
+            },
+        },
         ppo={
             "kl_coef": 0.5,
             "learning_rate": 6e-4,
@@ -231,6 +241,14 @@ SETTINGS = {
         lora=True,
     ),
 }
+
+
+def methods(setting: Setting) -> dict[str, Figures | None]:
+    """The policies of a part with their settings of `DPOConfig`; None is PPO."""
+    found: dict[str, Figures | None] = {"sft": {"loss_type": ["sft"]}} if setting.sft else {}
+    found |= {f"dpo {beta:g}": {"beta": beta} for beta in setting.betas}
+    found |= setting.more
+    return found | ({"ppo": None} if setting.ppo else {})
 
 
 @dataclass
@@ -430,21 +448,17 @@ def labelled(trees: Sequence[AnswerTree], rewards: np.ndarray) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def train_dpo(
-    world: World, rows: Dataset, seed: int, folder: str, *, loss: str = "sigmoid", beta: float = 0.1
-) -> Any:
+def train_dpo(world: World, rows: Dataset, seed: int, folder: str, more: Figures) -> Any:
     """DPO on soft labels; with the loss "sft", only the better answers of all pairs are learned."""
+    settings = common(folder, seed, world.setting.dpo) | {
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "num_train_epochs": 1,
+        "warmup_steps": 0.05,
+    }
     trainer = prefopt.DPOTrainer(
         world.model if world.setting.lora else copy.deepcopy(world.model),
-        args=prefopt.DPOConfig(
-            **common(folder, seed, world.setting.dpo),
-            beta=beta,
-            loss_type=[loss],
-            gradient_checkpointing=False,
-            max_length=None,
-            num_train_epochs=1,
-            warmup_steps=0.05,
-        ),
+        args=prefopt.DPOConfig(**(settings | more)),
         train_dataset=rows,
         processing_class=world.tokenizer,
         peft_config=lora_config(LoRASettings()) if world.setting.lora else None,
@@ -604,29 +618,23 @@ def run_part(part: str, seeds: Sequence[int], folder: Path, say: Callable[[str],
     scores = world.rewards(pool)
     best = BestOf(scores)
     spent = time.process_time() - started
-    methods = [
-        *(["sft"] if setting.sft else []),
-        *(f"dpo {beta:g}" for beta in setting.betas),
-        *(["ppo"] if setting.ppo else []),
-    ]
-    runs: dict[str, list[Figures]] = {method: [] for method in methods}
+    runs: dict[str, list[Figures]] = {method: [] for method in methods(setting)}
     for seed in seeds:
         rows = None
-        for method in methods:
-            kept = folder / f"{part}-{method.replace(' ', '-')}-{seed}.json"
+        for method, more in methods(setting).items():
+            kept = folder / f"{part}-{re.sub(r'[^a-z0-9.]+', '-', method)}-{seed}.json"
             if kept.exists():
                 runs[method].append(json.loads(kept.read_text()))
                 continue
             started = time.process_time()
             with tempfile.TemporaryDirectory() as out:
-                if method == "ppo":
+                if more is None:
                     policy = train_ppo(world, train, seed, out)
                 else:
                     if rows is None:
                         trees = world.sample(model, train, setting.k, 100 + seed)
                         rows = labelled(trees, world.rewards(trees))
-                    loss = {"loss": "sft"} if method == "sft" else {"beta": float(method[4:])}
-                    policy = train_dpo(world, rows, seed, out, **loss)
+                    policy = train_dpo(world, rows, seed, out, more)
             found = evaluate(world, policy, test, seed)
             found |= {"seed": seed, "cpu_s": time.process_time() - started}
             if setting.lora:
@@ -681,9 +689,8 @@ def checks(
     def at_least(what: str, value: float, target: float) -> None:
         check(what, value, target, value >= target)
 
-    for name, policy in policies.items():
-        if name == "sft":
-            continue
+    for name in methods(dataclasses.replace(setting, sft=False, more={})):
+        policy = policies[name]
         at_least(f"{name}: gain / best-of-n's at its KL", policy["ratio"]["mean"], setting.target)
         if setting.lora:
             at_least(f"{name}: gain, lower end of its interval", policy["gain"]["interval"][0], 0.0)

@@ -82,7 +82,8 @@ def tiny(monkeypatch):
     setting = frontier.SETTINGS["sentences"]
     dpo = setting.dpo | {"per_device_train_batch_size": 2, "learning_rate": 1e-2}
     ppo = setting.ppo | {"per_device_train_batch_size": 4, "num_rollouts": 1}
-    tiny = dataclasses.replace(setting, **sizes, dpo=dpo, ppo=ppo)
+    more = {"dpo 1 + sft": {"beta": 1.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.1]}}
+    tiny = dataclasses.replace(setting, **sizes, dpo=dpo, more=more, ppo=ppo)
     monkeypatch.setitem(frontier.SETTINGS, "sentences", tiny)
     model = frontier.sentences(steps=3, n_stories=80)
     monkeypatch.setitem(frontier.MODELS, "sentences", lambda: model)
@@ -109,7 +110,8 @@ def test_the_whole_course_its_report_and_what_is_kept(tiny, tmp_path):
     said = []
     parts = frontier.run_frontier([0], tmp_path / "kept", ["sentences"], said.append)
     part = parts["sentences"]
-    assert list(part["policies"]) == ["sft", "dpo 0.5", "dpo 1", "ppo"]
+    assert list(part["policies"]) == ["sft", "dpo 0.5", "dpo 1", "dpo 1 + sft", "ppo"]
+    assert not [check for check in part["checks"] if "+ sft" in check["what"]]
     assert all(math.isfinite(p["kl_k1"]["mean"]) for p in part["policies"].values())
     assert all(p["kl_k3"]["mean"] > 1e-4 for p in part["policies"].values())
     assert "CPU minutes for the slowest seed" in said[-1]
@@ -133,7 +135,9 @@ def test_the_whole_course_its_report_and_what_is_kept(tiny, tmp_path):
 
 def test_adapters_leave_the_reference_as_it_was(tiny, tmp_path, monkeypatch):
     """The course of SmolLM2: LoRA on one model, no SFT, no PPO."""
-    setting = dataclasses.replace(frontier.SETTINGS["sentences"], lora=True, sft=False, ppo=None)
+    setting = dataclasses.replace(
+        frontier.SETTINGS["sentences"], lora=True, sft=False, more={}, ppo=None
+    )
     monkeypatch.setitem(frontier.SETTINGS, "sentences", setting)
     model = tiny[0]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
