@@ -41,7 +41,8 @@ class ForgettingConfig:
     Args:
         out: the run's folder; the same folder continues the same run.
         model: the base model: "demo", a folder, or a Hub id.
-        n_train: reviews that are learned, two pairs each; the others of the 104 are held out.
+        n_train: reviews that are learned, two pairs each.
+        n_held_out: others that the tuned model labels. There are 104 in all.
         dpo: the training without mitigation.
         lora: its adapter.
         replay: general data to replay, as in `DPOSettings`.
@@ -55,12 +56,13 @@ class ForgettingConfig:
     out: str
     model: str = "demo"
     n_train: int = 32
+    n_held_out: int = 40
     dpo: DPOSettings = field(default_factory=lambda: DPOSettings(learning_rate=1e-3))
     lora: LoRASettings = field(default_factory=LoRASettings)
     replay: str = "own_answers"
-    lower_rate: float = 0.4
+    lower_rate: float = 0.3
     tasks: list[str] = field(default_factory=lambda: ["prefopt_format", "prefopt_plain_text"])
-    task_limit: int | None = 40
+    task_limit: int | None = 24
     device: Device = "auto"
     seed: int = 0
 
@@ -72,8 +74,6 @@ class ForgettingConfig:
             problems.append("dpo.learning_rate is needed, as the lower one is a share of it")
         if not 0.0 < self.lower_rate < 1.0:
             problems.append(f"lower_rate must be in (0, 1), got {self.lower_rate}")
-        if self.n_train < 1:
-            problems.append(f"n_train must be at least 1, got {self.n_train}")
         if problems:
             raise ValueError("forgetting settings: " + "; ".join(problems) + ".")
 
@@ -133,7 +133,9 @@ def run_forgetting_flow(
     from prefopt.training.replay import own_answers, rows_per_step
     from prefopt.types import Candidate, PreferenceGroup
 
-    learned, measured = split_reviews(load_reviews(), n_train=config.n_train, seed=config.seed)
+    learned, measured = split_reviews(
+        load_reviews(), n_train=config.n_train, n_held_out=config.n_held_out, seed=config.seed
+    )
     own = config.replay == OWN_ANSWERS
     general = [] if own else load_general(config.replay, held_out=[r.prompt() for r in measured])
     resolve_device(config.device)
@@ -160,7 +162,7 @@ def run_forgetting_flow(
                 Candidate,
                 lambda partial: own_answers(
                     base(), most=most, seed=config.seed, max_length=config.dpo.max_length,
-                    max_new_tokens=64, partial=partial, progress=progress,
+                    max_new_tokens=48, partial=partial, progress=progress,
                 ),
                 depends_on={
                     "model": weights, "most": most, "seed": config.seed,

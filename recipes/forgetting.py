@@ -30,7 +30,7 @@ class Forgetting(ForgettingConfig):
     lora: LoRASettings = field(default_factory=lambda: LoRASettings(r=16, alpha=32))
     dpo: DPOSettings = field(
         default_factory=lambda: DPOSettings(
-            learning_rate=2.5e-3, batch_size=8, max_length=256, soft_labels="ignore"
+            learning_rate=3e-3, batch_size=8, max_length=256, soft_labels="ignore"
         )
     )
 

@@ -35,6 +35,7 @@ def config(out, model, **changes):
         "out": str(out),
         "model": model,
         "n_train": 8,
+        "n_held_out": 10,
         "lora": LoRASettings(r=8),
         "dpo": DPOSettings(learning_rate=0.02, batch_size=8, max_length=160, checkpoint_every=1),
         "tasks": ["prefopt_reasoning", "prefopt_plain_text"],
@@ -70,7 +71,7 @@ def test_it_finishes_and_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatc
     assert outcomes[0].against_none == ()
     assert all([c.n for c in o.changes] == [2, 2] for o in outcomes)
     assert all([c.n for c in o.against_none] == [2, 2] for o in outcomes[1:])
-    assert {(o.gain.n, o.gain.base) for o in outcomes} == {(96, 0.0)}
+    assert {(o.gain.n, o.gain.base) for o in outcomes} == {(10, 0.0)}
     assert len({o.changes[1].base for o in outcomes}) == 1
     assert len({o.changes[1].tuned for o in outcomes}) == 3
     assert load_training_log(tmp_path / "run" / "adapter_replay20")[0].replay_nll > 0
@@ -107,9 +108,9 @@ def test_what_cannot_be_is_refused_before_work(tiny, tmp_path):
         replace(start, dpo=DPOSettings(replay="a.txt"), lower_rate=1.0)
     with pytest.raises(DataError, match=r"no\.jsonl"):
         run_forgetting_flow(replace(start, replay="no.jsonl"), progress=False)
-    with pytest.raises(DataError, match="from 1 to 103"):
+    with pytest.raises(DataError, match="104 reviews to learn from and 10 held out"):
         run_forgetting_flow(replace(start, n_train=104), progress=False)
-    held_out = split_reviews(load_reviews(), n_train=8, seed=0)[1]
+    held_out = split_reviews(load_reviews(), n_train=8, n_held_out=10, seed=0)[1]
     rows = [{"prompt": held_out[0].prompt().text, "completion": "positive"}]
     write_bytes(tmp_path / "rows.json", json.dumps(rows).encode())
     with pytest.raises(DataError, match="on which forgetting is measured"):
@@ -171,10 +172,10 @@ def test_table_and_figure_show_what_helped():
 def test_reviews_are_split_with_as_many_of_each_label_and_labels_are_right_or_wrong():
     reviews = load_reviews()
     assert len({review.text for review in reviews}) == len(reviews) == 104
-    learned, measured = split_reviews(reviews, n_train=32, seed=1)
+    learned, measured = split_reviews(reviews, n_train=32, n_held_out=72, seed=1)
     for side in (learned, measured):
         assert sum(review.label == "positive" for review in side) * 2 == len(side)
-    assert learned != split_reviews(reviews, n_train=32, seed=2)[0]
+    assert learned != split_reviews(reviews, n_train=32, n_held_out=40, seed=2)[0]
     (group,) = review_preferences(learned[:1])
     texts = [answer.text for answer in group.answers]
     assert [texts[p.chosen] for p in group.preferences] == [learned[0].label] * 2

@@ -38,26 +38,28 @@ def load_reviews() -> list[Review]:
 
 
 def split_reviews(
-    reviews: Sequence[Review], *, n_train: int, seed: int
+    reviews: Sequence[Review], *, n_train: int, n_held_out: int, seed: int
 ) -> tuple[list[Review], list[Review]]:
-    """Split into those to learn from and those to be measured on, with as many of each label.
+    """Draw reviews to learn from and others to be measured on, with as many of each label.
 
     Raises:
-        DataError: a side would be empty.
+        DataError: there are too few for both.
     """
-    if not 0 < n_train < len(reviews):
+    if min(n_train, n_held_out) < 1 or n_train + n_held_out > len(reviews):
         raise DataError(
-            f"{n_train} of {len(reviews)} reviews cannot be learned and others measured; n_train must "
-            f"be from 1 to {len(reviews) - 1}."
+            f"{n_train} reviews to learn from and {n_held_out} held out cannot be drawn from "
+            f"{len(reviews)}: both must be at least 1, and no more in sum."
         )
-    _, held_out = split_by_prompt(
-        [review.prompt() for review in reviews], held_out=len(reviews) - n_train, seed=seed
-    )
-    measured = {prompt.prompt_id for prompt in held_out}
-    return (
-        [r for r in reviews if r.prompt().prompt_id not in measured],
-        [r for r in reviews if r.prompt().prompt_id in measured],
-    )
+
+    def drawn(pool: Sequence[Review], n: int) -> list[Review]:
+        if n == len(pool):
+            return list(pool)
+        _, chosen = split_by_prompt([r.prompt() for r in pool], held_out=n, seed=seed)
+        ids = {prompt.prompt_id for prompt in chosen}
+        return [review for review in pool if review.prompt().prompt_id in ids]
+
+    measured = drawn(reviews, n_held_out)
+    return drawn([r for r in reviews if r not in measured], n_train), measured
 
 
 def review_preferences(reviews: Sequence[Review]) -> list[PreferenceGroup]:

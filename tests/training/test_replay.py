@@ -1,6 +1,5 @@
 """General rows beside preferences: the loss by hand, one gradient for every split, which rows when."""
 
-import json
 import logging
 import math
 import random
@@ -410,10 +409,8 @@ def test_a_demonstration_of_an_own_answer_that_was_cut_off_has_no_end():
 def test_the_adapter_of_a_run_with_replay_starts_where_one_without_does(tmp_path):
     """General rows take nothing from the generator that draws the adapter."""
     one = make_trainer(tmp_path / "one", ROWS, peft_config=LORA)
-    two = make_trainer(tmp_path / "two", ROWS, peft_config=LORA, kind=with_general)
+    two = make_trainer(
+        tmp_path / "two", ROWS, peft_config=LORA, replay_dataset=["The sky is blue."]
+    )
     assert two._replay is not None
     assert all(torch.equal(weights(two)[name], value) for name, value in weights(one).items())
-
-
-def with_general(**arguments):
-    return DPOTrainer(replay_dataset=[json.dumps(i) * 3 for i in range(10, 20)], **arguments)
