@@ -239,7 +239,7 @@ SETTINGS = {
         prompts_seed=1000,
         opening=8,
         length=16,
-        train=128,
+        train=96,
         test=48,
         drawn=4,
         pool=24,
@@ -247,7 +247,7 @@ SETTINGS = {
         k=4,
         betas=(0.1, 1.0),
         dpo={
-            "learning_rate": 3e-4,
+            "learning_rate": 6e-4,
             "per_device_train_batch_size": 8,
             "micro_batch_tokens": 512,
             "lr_scheduler_type": "cosine",
