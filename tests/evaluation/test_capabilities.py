@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,22 +142,23 @@ def test_the_engine_agrees_with_our_own_perplexity_on_both_sides(tuned, tmp_path
 
 
 def test_the_engine_agrees_with_our_own_multiple_choice(tuned, tmp_path):
-    """The most likely choice after the chat template's prompt, one forward pass a choice."""
+    """The most likely end of the begun answer, one forward pass a choice."""
     measure(tuned, tasks="prefopt_reasoning", limit=12, out=tmp_path)
     path = Path(capability_tasks.__file__).with_name("reasoning.jsonl")
     expected = []
     for line in path.read_text().splitlines()[:12]:
         row = json.loads(line)
         prompt = tuned.tokenizer.apply_chat_template(
-            [{"role": "system", "content": "Answer with the right word or words only."},
-             {"role": "user", "content": row["question"]}],
-            tokenize=False, add_generation_prompt=True,
-        )  # fmt: skip
+            [{"role": "user", "content": row["question"]}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        prompt += row["stem"]
+        n = len(tuned.tokenizer.encode(prompt, add_special_tokens=False))
         likelihoods = []
         for choice in row["choices"]:
-            # The template's last line break belongs to the answer's tokens, as the engine splits.
-            n = len(tuned.tokenizer.encode(prompt.rstrip(), add_special_tokens=False))
-            ids = torch.tensor([tuned.tokenizer.encode(prompt + choice, add_special_tokens=False)])
+            text = f"{prompt} {choice}"
+            ids = torch.tensor([tuned.tokenizer.encode(text, add_special_tokens=False)])
             with torch.no_grad():
                 logps = tuned.model(ids).logits[0, n - 1 : -1].log_softmax(-1)
             likelihoods.append(logps.gather(1, ids[0, n:, None]).sum().item())
@@ -223,6 +225,7 @@ def test_an_adapter_that_does_nothing_changes_nothing(folder):
     report = measure(with_adapter(folder, scale=0.0), limit=8)
     assert [t.task for t in report.tasks] == list(OFFLINE)
     assert all(t.change == 0 and t.n == 8 for t in report.tasks)
+    assert all(t.n_worse == t.n_better == 0 for t in report.tasks)  # each item beside itself
     assert report.passed
 
 
@@ -268,6 +271,16 @@ def test_other_weights_and_settings_are_not_taken_over(folder, tmp_path):
     assert counter.taken() == 2
     measure(second, **{**options, "limit": 2}, seed=1, out=tmp_path)
     assert counter.taken() == 2
+    assert report == measure(second, **options, out=tmp_path)  # nothing was lost meanwhile
+    assert counter.taken() == 0
+    last = scores_in(tmp_path)["tuned", "prefopt_plain_text"]
+    assert sum(item.score for item in last.items) / 3 == pytest.approx(report.tasks[0].tuned)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_work(tuned, forwards, locked_folder):
+    with pytest.raises(DataError, match=r"cannot write .*capabilities\.jsonl"):
+        measure(tuned, tasks="prefopt_plain_text", out=locked_folder)
+    assert forwards.taken() == 0
 
 
 def test_the_hash_is_of_the_weights_and_the_adapter_alone(folder):
@@ -429,6 +442,27 @@ def test_a_model_without_a_chat_template_is_asked_plainly(tmp_path):
 def test_a_template_without_a_system_role_is_asked_without_one(tmp_path):
     gemma = with_adapter(save_tiny_model(tmp_path / "gemma", "gemma", context=1024))
     assert measure(gemma, tasks="prefopt_arithmetic", limit=3).tasks[0].n == 3
+
+
+def test_the_code_of_the_docs_runs_as_written(tuned, folder, tmp_path, monkeypatch, capsys):
+    """With a tiny model in place of the named ones, and one item a task."""
+    page = (Path(__file__).parents[2] / "docs" / "capabilities.md").read_text(encoding="utf-8")
+    tuned.model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        block = block.replace("Qwen/Qwen3-0.6B", folder).replace("full-fine-tune", folder)
+        block = block.replace('tasks="offline"', 'limit=1, progress=False, tasks="offline"')
+        exec(compile(block, "docs/capabilities.md", "exec"), names)
+    assert "Arithmetic" in capsys.readouterr().out
+    assert (tmp_path / "capabilities" / SCORES_FILE).is_file()
+    assert [t.change for t in names["report"].tasks] == [0.0] * 4
+    (tmp_path / "tasks").mkdir()
+    written = next(b for b in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "task:" in b)
+    (tmp_path / "tasks" / "opening_hours.yaml").write_text(written)
+    (row,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "tasks" / "opening_hours.jsonl").write_text(row * 2)
+    assert measure(tuned, tasks="tasks/").tasks[0].title == "Opening hours"
 
 
 @pytest.mark.slow
