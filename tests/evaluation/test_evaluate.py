@@ -15,7 +15,8 @@ from prefopt.evaluation.evaluate import compare_models, evaluate_answers, evalua
 from prefopt.evaluation.history import History
 from prefopt.judges.scripted import shortest_wins
 from prefopt.sampling.candidates import SamplingSettings
-from prefopt.types import Candidate, JudgedComparison, Preference, PreferenceGroup, Prompt
+from prefopt.training.health import TrainingPoint
+from prefopt.types import Candidate, JudgedComparison, Prompt
 
 
 def sides(n: int) -> tuple[list[Candidate], list[Candidate]]:
@@ -201,29 +202,27 @@ def test_missing_labels_are_noticed_before_judging(tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[Prompt]]:
-    """A tiny model, an adapter that DPO trained for it, and prompts."""
-    from prefopt.training.dpo import DPOSettings, train_dpo
+    """A tiny model, an adapter of random weights with the log of a DPO training, and prompts."""
+    import torch
+
+    from prefopt.models import LoRASettings, load_model, lora_config, wrap_with_adapter
     from tests.tiny_models import save_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
     model = save_tiny_model(folder / "model", context=1024)
-    prompts = [Prompt.from_text(f"What is {i}?") for i in range(6)]
-    groups = [
-        PreferenceGroup(
-            prompt=p,
-            answers=(
-                Candidate(prompt=p, text="one", model="m"),
-                Candidate(prompt=p, text="two", model="m"),
-            ),
-            preferences=(Preference(chosen=0, rejected=1, p_chosen=1.0),),
-        )
-        for p in prompts
-    ]
-    train_dpo(
-        groups, model, folder / "adapter", device="cpu", progress=False,
-        settings=DPOSettings(learning_rate=1e-2, batch_size=3),
+    torch.manual_seed(0)
+    wrapped = wrap_with_adapter(load_model(model).model, lora_config(LoRASettings(r=4)))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    wrapped.save_pretrained(folder / "adapter")
+    logged = TrainingPoint(
+        step=1, epoch=1.0, loss=0.6, margin=0.2, accuracy=0.7, chosen_reward=0.1,
+        rejected_reward=-0.1, chosen_logp=-9.0, rejected_logp=-9.0, learning_rate=1e-4,
+        grad_norm=None,
     )  # fmt: skip
-    return model, folder / "adapter", prompts
+    write_records(folder / "adapter" / "training_log.jsonl", [logged])
+    return model, folder / "adapter", [Prompt.from_text(f"What is {i}?") for i in range(6)]
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -255,7 +254,7 @@ def test_a_model_is_measured_with_its_adapter_on_and_off(tiny, tmp_path) -> None
     assert report.shift.kl.n_prompts == 6
     assert report.shift.kl.value != 0.0
     assert report.shift.reward == pytest.approx(0.1 * report.shift.kl.value)
-    assert report.training[-1].margin is not None
+    assert report.training[-1].margin == 0.2
     assert report.answer_figures is not None
     assert report.capabilities is None
     assert "distance from the base model" in (tmp_path / "report.html").read_text()
