@@ -238,10 +238,11 @@ def _find_tasks(tasks: str | Sequence[str], judge: Judge | None) -> WantedTasks:
         elif name in own:
             names.append(name)
         elif Path(name).expanduser().is_dir():
-            found, faults = tasks_in(Path(name).expanduser())
+            folder = Path(name).expanduser().resolve()
+            found, faults = tasks_in(folder)
             names += found
             problems += faults
-            folders.append(Path(name).expanduser())
+            folders.append(folder)
         else:
             if registry is None:
                 registry = standard_names()
