@@ -219,7 +219,11 @@ def push(plan: PushPlan) -> list[str]:
             kind = "datasets/" if upload.repo_type == "dataset" else ""
             sent.append(f"{api.endpoint}/{kind}{upload.repo_id}")
     except (HTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError) as error:
-        done = f"Sent before that: {', '.join(sent)}. " if sent else "Nothing was committed. "
+        done = (
+            f"Sent before that: {', '.join(sent)}. "
+            if sent
+            else "Nothing was committed, as far as is known. "
+        )
         raise HostedError(
             f"the Hub does not take it: {_first_lines(error)} {done}Check the name and the "
             "connection, and log in with `hf auth login` using a token that may write; the same "

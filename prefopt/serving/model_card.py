@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -216,7 +216,7 @@ def _counted(folder: Path, report: EvalReport | None) -> dict[str, Any]:
         with paths["train_prompts"].open("rb") as file:
             found["n_prompts"] = sum(bool(line.strip()) for line in file)
     if paths["candidates"].is_file():
-        models = Counter(shown(c.model) for c in iter_records(paths["candidates"], Candidate))
+        models = Counter(c.model for c in iter_records(paths["candidates"], Candidate))
         found["answered_by"] = dict(models.most_common())
     if not paths["preferences"].is_file():
         return found
@@ -269,7 +269,13 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    results = _results(provenance.report)
+    base = base_model or shown(provenance.base_model) or "a base model that is not named"
+
+    def said(name: str) -> str:
+        """A model's name, of the base model the one that others know."""
+        return base if name == provenance.base_model else shown(name)
+
+    results = _results(provenance.report, said)
     data = ModelCardData(
         base_model=base_model,
         base_model_relation=(
@@ -289,7 +295,6 @@ def model_card(
             *_method_tags(provenance.method),
         ],
     )
-    base = base_model or shown(provenance.base_model) or "a base model that is not named"
     method = provenance.method or "preferences"
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -299,10 +304,10 @@ def model_card(
         "## Use",
         _use(kind, repo_id, base, adapter),
         "## Is it better?",
-        _better(provenance.report),
+        _better(provenance.report, said),
         *_forgotten(provenance.report),
         "## Where the data come from",
-        _data(provenance, dataset),
+        _data(provenance, dataset, said),
         "## What the judge is worth",
         _judge_quality(provenance),
         "## What it cost",
@@ -329,7 +334,7 @@ def _method_tags(method: str) -> list[str]:
     return [tag for tag in ("dpo", "ppo", "sft") if tag in method.lower()]
 
 
-def _results(report: EvalReport | None) -> list[Any]:
+def _results(report: EvalReport | None, said: Callable[[str], str]) -> list[Any]:
     """The evaluation as entries of the Hub's model-index; shares are fractions."""
     from huggingface_hub import EvalResult
 
@@ -348,7 +353,7 @@ def _results(report: EvalReport | None) -> list[Any]:
             metric_args={key: item for key, item in arguments.items() if item is not None} or None,
         )
 
-    base = shown(report.base_model)
+    base = said(report.base_model)
     found = [
         entry(
             "win_rate",
@@ -414,13 +419,13 @@ def _fence(language: str, text: str) -> str:
     return f"```{language}\n{text}\n```"
 
 
-def _better(report: EvalReport | None) -> str:
+def _better(report: EvalReport | None, said: Callable[[str], str]) -> str:
     if report is None:
         return "Not evaluated: no report came with it."
     rate = report.win_rate
     rows: list[list[object]] = [
         [
-            f"win rate over {shown(report.base_model)}",
+            f"win rate over {said(report.base_model)}",
             percent(rate.win_rate),
             interval(rate.wilson_low, rate.wilson_high),
         ]
@@ -465,14 +470,14 @@ def _forgotten(report: EvalReport | None) -> list[str]:
     return parts
 
 
-def _data(provenance: Provenance, dataset: str | None) -> str:
+def _data(provenance: Provenance, dataset: str | None, said: Callable[[str], str]) -> str:
     rubric = provenance.rubric
     rows: list[list[object]] = [
         ["prompts", provenance.prompts or "not stated"],
         ["prompts trained on", _number(provenance.n_prompts)],
         [
             "answers",
-            ", ".join(f"{n:,} by {name}" for name, n in provenance.answered_by.items())
+            ", ".join(f"{n:,} by {said(name)}" for name, n in provenance.answered_by.items())
             or "not stated",
         ],
         ["judge", provenance.judge or "not stated"],

@@ -28,15 +28,16 @@ class HubServer:
     Attributes:
         repos: by "models/owner/name" or "datasets/owner/name": private, files, commits.
         asked: every request, as "METHOD path".
-        fails: a function of such a line; where it is true, the connection is cut or, where it gives a
-            number, answered with that status.
+        fails: a function of such a line; where it gives a number, that status is the answer.
+        loses: the same; where it is true, the request is carried out and its answer lost.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, Any]] = {}
         self.large: dict[str, bytes] = {}
         self.asked: list[str] = []
-        self.fails: Any = lambda _: False
+        self.fails: Any = lambda _: 0
+        self.loses: Any = lambda _: False
         hub = self
 
         class Handler(_Handler):
@@ -82,10 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         line = f"{method} {path}"
         hub.asked.append(line)
         fault = hub.fails(line)
-        if fault is True:
-            self.close_connection = True
-            self.connection.close()
-            return
+        self.lost = hub.loses(line)
         if fault:
             self._answer(fault, {"error": "out of order"})
             return
@@ -197,6 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(
         self, status: int, body: dict[str, Any] | str, headers: dict[str, str] | None = None
     ) -> None:
+        if self.lost:
+            self.close_connection = True
+            return
         content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         for key, value in {**(headers or {}), "Content-Type": "application/json",

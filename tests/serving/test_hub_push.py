@@ -117,6 +117,8 @@ def test_the_card_holds_the_figures_of_the_report_and_valid_metadata(run):
     for reason in set(left_out):
         assert f"{left_out.count(reason)} {reason}" in text
     assert "scripted:shortest" in text
+    assert "win rate over someone/base" in text
+    assert "by someone/base" in text
     assert f"{report['labels']['n_pairs']:,}" in text
     assert "secret-project-prompts.jsonl" in text
     assert "hash " in text
@@ -138,14 +140,14 @@ def test_pushing_again_sends_nothing_twice(run, hub):
 
 @pytest.mark.parametrize("point", ["PUT /storage", "models/someone/tuned/commit", "repos/create"])
 def test_after_a_cut_the_same_command_goes_on(run, hub, point):
-    """The connection is lost at each kind of step; the second call completes what is missing."""
+    """The Hub refuses at each kind of step; the second call completes what is missing."""
     cuts = []
 
     def cut(line):
         if point in line and len(cuts) < 12:  # more often than the client tries again
             cuts.append(line)
             return 403
-        return False
+        return 0
 
     hub.fails = cut
     with pytest.raises(HostedError, match=r"sends nothing twice") as told:
@@ -153,10 +155,19 @@ def test_after_a_cut_the_same_command_goes_on(run, hub, point):
     assert TOKEN not in str(told.value)
     if point != "repos/create":
         assert "Sent before that: http" in str(told.value)
-    hub.fails = lambda _: False
+    hub.fails = lambda _: 0
     push(a_plan(run))
     assert [len(repo["commits"]) for repo in hub.repos.values()] == [1, 1]
     assert "adapter_model.safetensors" in hub.repos["models/someone/tuned"]["files"]
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_again(run, hub):
+    hub.loses = lambda line: "/datasets/someone/pairs/commit" in line
+    with pytest.raises(HostedError, match="Nothing was committed, as far as is known"):
+        push(a_plan(run))
+    hub.loses = lambda _: False
+    push(a_plan(run))
+    assert [len(repo["commits"]) for repo in hub.repos.values()] == [1, 1]
 
 
 def test_nothing_is_sent_before_the_hub_has_agreed_to_all_of_it(run, hub):
