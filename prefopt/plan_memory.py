@@ -13,6 +13,7 @@ What no tensor of the step is (allocators, libraries, the optimiser's states, ot
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -253,11 +254,12 @@ class _LiveBytes(TorchDispatchMode):
         self._highest: dict[str, float] = {}
         self._outer: list[str] = []
         self._held: dict[int, tuple[str, int]] = {}
+        self._watched: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked for at every turn, and known
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.prim.device.default:
-            return out
         part = "backward" if self.backward else self.part
         if func is torch.ops.aten._to_copy.default:
             source = self._held.get(args[0].untyped_storage()._cdata)
@@ -279,9 +281,10 @@ class _LiveBytes(TorchDispatchMode):
             return
         self._held[key] = (part, size)
         self._add(part, size)
-        weakref.finalize(storage, self._let_go, key)
+        self._watched[key] = weakref.ref(storage, functools.partial(self._let_go, key))
 
-    def _let_go(self, key: int) -> None:
+    def _let_go(self, key: int, _: Any) -> None:
+        del self._watched[key]
         part, size = self._held.pop(key)
         self._add(part, -size)
 

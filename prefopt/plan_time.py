@@ -141,7 +141,7 @@ def measure_rates(
     settings: StepSettings,
     passes: Pass,
     *,
-    repeats: int = 5,
+    repeats: int = 3,
     clock: Callable[[], float] | None = None,
 ) -> Rates:
     """Time a micro-batch in a few layers of the model on the device at hand.
