@@ -9,15 +9,24 @@ import pytest
 import torch
 
 from benchmarks import rlhf_frontier as frontier
-from prefopt.sampling.best_of_n import best_of_n_kl
+from prefopt.sampling.best_of_n import best_of_n_kl, expected_best_of_n
 
 
 def test_best_of_n_by_hand_and_at_its_own_kl():
     best = frontier.BestOf(np.array([[3.0, 0.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]]))
-    assert best.reward(1).tolist() == [1.5, 1.0]
-    # The largest of two, drawn with replacement: chances 1, 3, 5, 7 of 16.
-    assert best.reward(2) == pytest.approx([(3 * 1 + 5 * 2 + 7 * 3) / 16, 1.0])
-    for n in (1, 2, 7.5):
+    assert best.reward(1) == pytest.approx([1.5, 1.0])
+    # The larger of two different ones: 1, 2 and 3 of the six pairs.
+    assert best.reward(2) == pytest.approx([(1 * 1 + 2 * 2 + 3 * 3) / 6, 1.0])
+    assert best.reward(4) == pytest.approx([3.0, 1.0])
+    assert best.reward(1000.0) == pytest.approx([3.0, 1.0])
+    scores = np.random.default_rng(1).normal(size=(3, 40))
+    best = frontier.BestOf(scores)
+    for n in (1, 2, 5, 39):
+        expected = [expected_best_of_n(row, n) for row in scores.tolist()]
+        assert best.reward(n) == pytest.approx(expected)
+    between = np.array([best.reward(n) for n in np.linspace(1, 40, 157)])
+    assert (np.diff(between, axis=0) > 0).all()
+    for n in (1, 2, 7.5, 30.2):
         kl = math.log(n) - (n - 1) / n
         assert best.at_kl(kl) == pytest.approx(best.reward(n), abs=1e-6)
     assert best_of_n_kl(4) == pytest.approx(math.log(4) - 3 / 4)
@@ -82,8 +91,7 @@ def tiny(monkeypatch):
     setting = frontier.SETTINGS["sentences"]
     dpo = setting.dpo | {"per_device_train_batch_size": 2, "learning_rate": 1e-2}
     ppo = setting.ppo | {"per_device_train_batch_size": 4, "num_rollouts": 1}
-    more = {"dpo 1 + sft": {"beta": 1.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.1]}}
-    tiny = dataclasses.replace(setting, **sizes, dpo=dpo, more=more, ppo=ppo)
+    tiny = dataclasses.replace(setting, **sizes, dpo=dpo, ppo=ppo)
     monkeypatch.setitem(frontier.SETTINGS, "sentences", tiny)
     model = frontier.sentences(steps=3, n_stories=80)
     monkeypatch.setitem(frontier.MODELS, "sentences", lambda: model)
@@ -110,8 +118,7 @@ def test_the_whole_course_its_report_and_what_is_kept(tiny, tmp_path):
     said = []
     parts = frontier.run_frontier([0], tmp_path / "kept", ["sentences"], said.append)
     part = parts["sentences"]
-    assert list(part["policies"]) == ["sft", "dpo 0.5", "dpo 1", "dpo 1 + sft", "ppo"]
-    assert not [check for check in part["checks"] if "+ sft" in check["what"]]
+    assert list(part["policies"]) == ["sft", "dpo 0.5", "dpo 1", "ppo"]
     assert all(math.isfinite(p["kl_k1"]["mean"]) for p in part["policies"].values())
     assert all(p["kl_k3"]["mean"] > 1e-4 for p in part["policies"].values())
     assert "CPU minutes for the slowest seed" in said[-1]
@@ -135,9 +142,7 @@ def test_the_whole_course_its_report_and_what_is_kept(tiny, tmp_path):
 
 def test_adapters_leave_the_reference_as_it_was(tiny, tmp_path, monkeypatch):
     """The course of SmolLM2: LoRA on one model, no SFT, no PPO."""
-    setting = dataclasses.replace(
-        frontier.SETTINGS["sentences"], lora=True, sft=False, more={}, ppo=None
-    )
+    setting = dataclasses.replace(frontier.SETTINGS["sentences"], lora=True, sft=False, ppo=None)
     monkeypatch.setitem(frontier.SETTINGS, "sentences", setting)
     model = tiny[0]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
