@@ -85,14 +85,16 @@ class DecodingSettings:
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """The next token (B,) of rows with these logits (B, V)."""
+        # Apple's GPUs have no float64.
+        place = "cpu" if logits.device.type == "mps" else logits.device
         return draw_tokens(
-            logits,
-            uniforms,
+            logits.to(place),
+            uniforms.to(place),
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
-        )
+        ).to(logits.device)
 
     def rows(self, longest_prompt: int) -> int:
         """How many answers are generated at once where the longest prompt has so many tokens."""
@@ -187,7 +189,7 @@ class Decoder:
                 last = [prompts[i].ids[-1] for i, part in group for _ in part]
                 tokens = torch.cat((tokens, torch.tensor(last, device=device)))
             logits = slots.step(tokens)  # (B, V)
-            tokens = said.draw(logits, _uniforms(rows, said, device))
+            tokens = said.draw(logits, _uniforms(rows, said))
             over = []
             for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
                 row.ids.append(token)
@@ -240,7 +242,7 @@ class Decoder:
             """Leaves the drawn token alone, so that the greedy choice is it."""
 
             def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-                drawn = said.draw(scores, _uniforms(rows, said, device))
+                drawn = said.draw(scores, _uniforms(rows, said))
                 return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
         for start in range(0, len(every), n_rows):
@@ -269,10 +271,10 @@ class Decoder:
                 yield row, end is not None
 
 
-def _uniforms(rows: Sequence[_Row], said: DecodingSettings, device: torch.device) -> Tensor:
+def _uniforms(rows: Sequence[_Row], said: DecodingSettings) -> Tensor:
     if said.temperature == 0:
         return torch.empty(0)
-    return torch.tensor([row.uniform() for row in rows], dtype=torch.float64).to(device)
+    return torch.tensor([row.uniform() for row in rows], dtype=torch.float64)
 
 
 def _reading_order(

@@ -214,6 +214,15 @@ def test_adapters_count_and_the_model_is_left_as_it_was():
         assert decoder(model, temperature=0).answers(asked(PROMPTS, k=1)) == plain
 
 
+def test_under_autocast_too_answers_are_made_in_slots():
+    model = small()
+    found = Decoder(
+        model, decoder(model).settings, lambda: torch.autocast("cpu", torch.bfloat16)
+    ).answers(asked(PROMPTS))
+    assert slots._REFUSED[model] == ""
+    assert sum(map(len, found)) == 15
+
+
 def test_told_of_every_answer():
     told = []
     decoder(small()).answers(asked(PROMPTS, k=3), told.append)
