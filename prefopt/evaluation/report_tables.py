@@ -240,13 +240,21 @@ def _task_verdict(task: TaskChange) -> str:
     if task.verdict != "no change shown":
         return task.verdict
     if task.resolvable is None:
-        return "no change shown; so few items show none"
+        return "no change shown; too few items to show any"
     size = f"{100 * task.resolvable:.0f} points" if task.is_share else f"{task.resolvable:.2g}"
+    if not task.is_share and task.base:
+        size = percent(task.resolvable / abs(task.base))
     return f"no change shown; {task.n:,} items can show {size}"
 
 
 def _task_change(task: TaskChange, value: float) -> str:
-    text = f"{100 * value:+.1f}" if task.is_share else f"{value:+.3g}"
+    """In points where the metric is a share, else in percent of the base's figure."""
+    if task.is_share:
+        text = f"{100 * value:+.1f}"
+    elif task.base:
+        text = f"{100 * value / abs(task.base):+.1f} %"
+    else:
+        text = f"{value:+.3g}"
     return text.replace("-", "\u2212")
 
 

@@ -540,6 +540,18 @@ def test_a_lost_skill_is_named_with_both_figures_and_what_to_do() -> None:
     assert (first.title, first.verdict, first.level) == ("Arithmetic", "dropped", "problem")
     assert first.change == "\u221220.0 (\u221227.8 to \u221211.4)"  # Bonett and Price
     assert "40 items can show" in second.verdict
+    losses = [0.9, 1.0, 1.1, 1.0] * 5
+    prose = compare_items(
+        "prose", "Prose", "nll_per_byte", losses, [x + 0.05 * (i % 2) for i, x in enumerate(losses)],
+        higher_is_better=False,
+    )  # fmt: skip
+    (row,) = capability_rows(
+        msgspec.structs.replace(report, capabilities=capability_report(
+            [prose], engine="e", base_model="b", tuned_model="t"
+        ))
+    )  # fmt: skip
+    assert (row.before, row.after) == ("1", "1.025")
+    assert row.change.startswith("+2.5 % (+1.3 % to ")
     page = Page(report_html(report))
     assert "Left out: arc: no hub" in page.text
     assert "The gate fails" in page.text
@@ -608,7 +620,10 @@ def test_the_models_figures_say_reward_kl_margin_and_variety() -> None:
     kl = rows["KL to the base model (nats an answer)"]
     assert kl.after.startswith("2.0 (")
     assert "0.20 nats a token" in kl.meaning
-    assert (rows["Implicit reward"].before, rows["Implicit reward"].after) == ("\u22120.10", "+0.20")
+    assert (rows["Implicit reward"].before, rows["Implicit reward"].after) == (
+        "\u22120.10",
+        "+0.20",
+    )
     assert rows["Margin, chosen over rejected"].after == "+1.60"
     assert rows["Refusals"].after == "0 (0 %)"
     without = rich_report()
