@@ -38,10 +38,10 @@ reference's.
 
 What was chosen on what. Trials had prompts drawn with seed 0 and training seed 0; what is reported has
 prompts drawn with seed 1000 and training seeds from 10. On `sentences`: the world itself, 4,096 of
-8,192 prompts and DPO's rate 3e-4 of {3e-4, 1e-3}; PPO ran once. On `stories` the gold reward was sentiment first
-and became the reading level, because sentiment has ties; rates 3e-4 to 5e-3, batches of 64 and 128,
-Adam's epsilon, LoRA, sampled labels and the number of prompts were tried there, all on those prompts.
-On `smollm2` nothing was tried before.
+8,192 prompts and DPO's rate 3e-4 of {3e-4, 1e-3}; PPO ran once. On `stories` the gold reward was
+sentiment first and became the reading level, because sentiment has ties; rates 3e-4 to 5e-3, batches
+of 64 and 128, Adam's epsilon, LoRA, sampled labels and the number of prompts were tried there, all on
+those prompts. On `smollm2` nothing was tried before.
 """
 
 from __future__ import annotations
@@ -685,6 +685,10 @@ def run_part(part: str, seeds: Sequence[int], folder: Path, say: Callable[[str],
         "setting": dataclasses.asdict(setting) | {"gold": setting.gold.__name__},
         "seeds": list(seeds),
         "best_of_n": curve,
+        "best_of_n_line": [
+            [math.log(n) - (n - 1) / n, float(best.reward(n).mean())]
+            for n in np.geomspace(1, setting.pool / 2, 60).tolist()
+        ],
         "shared_cpu_s": spent,
         "cpu_minutes": minutes,
         "reference_distinct_bigrams": distinct,
@@ -747,7 +751,8 @@ def plot(result: Figures, path: Path) -> None:
     for axis, part in zip(axes[0], parts.values(), strict=True):
         curve = part["best_of_n"]
         kl = [point["kl"] for point in curve]
-        axis.plot(kl, [point["gold"] for point in curve], "k-o", markersize=3, label="best-of-n")
+        axis.plot(*zip(*part["best_of_n_line"], strict=True), "k-", linewidth=1)
+        axis.plot(kl, [point["gold"] for point in curve], "ko", markersize=3, label="best-of-n")
         low, high = zip(*(point["interval"] for point in curve), strict=True)
         axis.fill_between(kl, low, high, color="k", alpha=0.1)
         for name, policy in part["policies"].items():
