@@ -38,7 +38,7 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         problems = []
         if not 0 <= self.temperature < math.inf:
-            problems.append(f"temperature must be a number from 0, got {self.temperature}")
+            problems.append(f"temperature must not be negative or infinite, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             problems.append(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
