@@ -245,9 +245,9 @@ class _Planner:
         self.model = read_config(config.shape or config.model)
         self.facts: ModelFacts = count_model(self.model)
         self.remarks: list[str] = []
-        self.rows, self.n_rows = self._rows()
+        self.rows, self.rare, self.n_rows = self._rows()
         limit = self.facts.max_positions
-        longest = max(p + max(answers) for p, answers in self.rows)
+        longest = max(p + max(answers) for p, answers in (*self.rows, *self.rare))
         if limit is not None and longest > limit:
             self.remarks.append(
                 f"the longest prompt with an answer has {longest:,} tokens, and the model is made for "
@@ -256,9 +256,9 @@ class _Planner:
 
     # --- Rows ------------------------------------------------------------------------------------
 
-    def _rows(self) -> tuple[list[RowSize], float]:
-        """Row sizes to plan for, and how many rows they stand for."""
-        config = self.config
+    def _rows(self) -> tuple[list[RowSize], list[RowSize], float]:
+        """Usual rows, longer ones too rare to count in the means, and how many rows there are."""
+        config, rare = self.config, list[RowSize]()
         if config.data is not None:
             rows, n = _sizes_of_data(config, self.remarks)
         else:
@@ -269,16 +269,16 @@ class _Planner:
             factor = max(1.0, longest / mean)
             long = tuple(math.ceil(factor * a) for a in usual[1])
             rows = [usual] * min(config.rows, 4 * config.batch_size)
-            if config.rows > len(rows):  # the longest is too rare to count in the means
-                rows.append((max(1, longest - sum(long)), long))
+            if config.rows > len(rows):
+                rare = [(max(1, longest - sum(long)), long)]
             n = float(config.rows)
         if config.max_length is not None:
-            rows = [cut for p, a in rows if (cut := _cut(p, a, config.max_length)) is not None]
+            rows, rare = (_cut_all(part, config.max_length) for part in (rows, rare))
             if not rows:
                 raise DataError(
                     f"no row has room for an answer within max_length={config.max_length}."
                 )
-        return rows, n
+        return rows, rare, n
 
     def _fullest(self, config: PlanConfig) -> list[RowSize]:
         """The rows of the micro-batch that feeds the most tokens."""
@@ -286,8 +286,9 @@ class _Planner:
 
         budget, mine = _budget(config, self.devices), _rows_a_device(config, self.devices)
         best: list[RowSize] = []
-        for start in range(0, len(self.rows), mine):
-            step = self.rows[start : start + mine]
+        steps = [self.rows[start : start + mine] for start in range(0, len(self.rows), mine)]
+        steps += [[*steps[0][: mine - 1], row] for row in self.rare]
+        for step in steps:
             sizes = [_fed(row) for row in step]
             for members in split_by_tokens(sizes, budget):
                 found = [step[i] for i in members]
@@ -408,7 +409,7 @@ class _Planner:
         """Keys and values of the answers generated at once, and the logits they are drawn from."""
         facts, k = self.facts, config.n_answers
         prompts = min(_rows_a_device(config, self.devices), max(1, _GENERATED_AT_ONCE // k))
-        longest = max(p + max(a) for p, a in self.rows)
+        longest = max(p + max(a) for p, a in (*self.rows, *self.rare))
         per_token = 2 * facts.n_layers * facts.n_kv_heads * facts.head_dim * width
         cache = prompts * k * longest * per_token
         # One layer's are written anew while the old ones are there, with its heads repeated.
@@ -518,6 +519,11 @@ class _Planner:
             config, self.facts, epoch, steps, rates, self._settings(config)
         )
         took /= devices.count
+        if rates.is_assumed and self.facts.n_parameters < 1e9:
+            self.remarks.append(
+                "a model of this size leaves a GPU waiting for its kernels to start: take the time as "
+                "the least it can be"
+            )
         if devices.count > 1:
             self.remarks.append("time takes several devices to lose nothing to communication")
         if config.method == "ppo" and rates.tokens is None:
@@ -596,6 +602,10 @@ def _usual(rows: Sequence[RowSize]) -> RowSize:
 def _cut(prompt: int, answers: tuple[int, ...], most: int) -> RowSize | None:
     room = most - prompt
     return None if room < 1 else (prompt, tuple(min(a, room) for a in answers))
+
+
+def _cut_all(rows: Sequence[RowSize], most: int) -> list[RowSize]:
+    return [cut for prompt, answers in rows if (cut := _cut(prompt, answers, most)) is not None]
 
 
 def _trees(rows: Sequence[RowSize]) -> list[Any]:

@@ -177,6 +177,12 @@ def _trace(
             f"{type(base_model(model)).__name__} decides by numbers what it computes "
             f"({type(error).__name__}: {error}), so its memory cannot be planned without them."
         ) from error
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # it is somebody else's code
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(
+            f"the step of {type(base_model(model)).__name__} in {settings.dtype} does not run without "
+            f"numbers: {first}. Another dtype may."
+        ) from error
 
 
 def _give_fake_memory(model: Any) -> None:

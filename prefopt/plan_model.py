@@ -218,7 +218,7 @@ def count_model(config: Any) -> ModelFacts:
     layers: dict[int, int] = {}
     matrices = linear = 0.0
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-    visited = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k", None)
+    visited = getattr(text, "num_experts_per_tok", None)
     outside = {id(p) for module in (head, inputs) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         place = layer_of(name)
@@ -227,7 +227,8 @@ def count_model(config: Any) -> ModelFacts:
         layers[place] = layers.get(place, 0) + parameter.numel()
         if parameter.dim() < 2:
             continue
-        linear += parameter.numel()
+        if parameter.dim() == 2:  # experts are often three-dimensional, and stay as they are
+            linear += parameter.numel()
         share = 1.0
         if experts and visited and ".experts." in name:
             share = visited / experts

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
 import prefopt.plan_memory
 from prefopt.errors import ModelError
@@ -157,6 +157,9 @@ def test_four_bit_layers_keep_nothing_of_their_weights():
 def test_other_families_can_be_counted():
     config = Qwen3Config(**SHAPE, head_dim=8)
     assert step_memory(config, trees(), StepSettings(lora=LORA)).peak_bytes > 0
+    experts = MixtralConfig(**SHAPE, num_local_experts=4)
+    in_half = StepSettings(lora=LORA, dtype="bfloat16", on_gpu=True)
+    assert step_memory(experts, trees(), in_half).kept["MLP"] > 0
 
 
 def test_a_model_that_decides_by_numbers_is_named():
