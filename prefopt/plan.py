@@ -258,7 +258,8 @@ class _Planner:
 
     def _rows(self) -> tuple[list[RowSize], list[RowSize], float]:
         """Usual rows, longer ones too rare to count in the means, and how many rows there are."""
-        config, rare = self.config, list[RowSize]()
+        config = self.config
+        rare: list[RowSize] = []
         if config.data is not None:
             rows, n = _sizes_of_data(config, self.remarks)
         else:
