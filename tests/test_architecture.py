@@ -26,7 +26,8 @@ TEXT_SIDE = {
     "evaluation.eval_report", "evaluation.figure", "evaluation.capability_report",
     "evaluation.capability_tasks",
     "evaluation.advice", "evaluation.tuning_advice", "training.health",
-    "training.reward_report", "training.ppo_health", "sampling.best_of_n", "hosted",
+    "training.reward_report", "training.ppo_health", "sampling.best_of_n",
+    "sampling.settings", "sampling.partial", "sampling.sampler", "sampling.api_sampler", "hosted",
     "serving.adapter_check", "serving.model_card", "serving.hub_push",
 }  # fmt: skip
 MATH_SIDE = {

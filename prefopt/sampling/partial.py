@@ -51,10 +51,9 @@ def _read(path: Path) -> dict[str, list[Candidate]]:
     from prefopt.data.records import unwritable
 
     done: dict[str, list[Candidate]] = {}
-    if not path.exists():
-        return done
     good = 0
     try:
+        path.touch()  # what cannot be kept is told before it is made
         with path.open("r+b") as file:
             for line in file:
                 try:

@@ -118,9 +118,13 @@ def test_unfinished_work_with_other_settings_is_not_mixed_in(loaded, tmp_path):
     assert sample(loaded, partial=partial, seed=2) == sample(loaded, seed=2)
 
 
-def test_a_partial_file_that_is_none_is_told(loaded, tmp_path):
-    with pytest.raises(DataError, match=str(tmp_path)):
-        sample(loaded, partial=tmp_path)
+def test_a_partial_file_that_cannot_be_kept_is_told_before_anything_is_sampled(
+    loaded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Decoder, "answers", None)
+    for path in (tmp_path, tmp_path / "no" / "folder"):
+        with pytest.raises(DataError, match=str(path)):
+            sample(loaded, partial=path)
 
 
 def test_several_models_fill_one_pool(loaded, tmp_path):
