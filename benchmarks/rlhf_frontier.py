@@ -29,12 +29,11 @@ the reference; its KL is log n - (n - 1) / n (Beirami et al. 2024, arXiv:2401.01
 
     ratio = (gold of the policy - of the reference) / (best-of-n at the same KL - of the reference)
 
-where n is real. The best policy there is, the
-reference times exp(gold / beta), gains sqrt(2 KL) where the reward is normal: a ratio of 1.1. Intervals are bootstraps at 95 % over the
-evaluation prompts, which no training sees. PASS: DPO (both betas) and PPO have a ratio of at least 0.9
-in the mean over the seeds. On SmolLM2 (LoRA, few answers): reward gain above 0 with its interval, KL
-of the smaller beta above that of the larger, ratio at least 0.7, distinct bigrams at least 0.8 of the
-reference's.
+where n is real. The best policy there is, the reference times exp(gold / beta), gains sqrt(2 KL) where
+the reward is normal, a ratio of 1.1. Intervals are bootstraps at 95 % over the evaluation prompts,
+which no training sees. PASS: DPO (both betas) and PPO have a ratio of at least 0.9 in the mean over
+the seeds. On SmolLM2 (LoRA, few answers): reward gain above 0 with its interval, KL of the smaller
+beta above that of the larger, ratio at least 0.7, distinct bigrams at least 0.8 of the reference's.
 
 What was chosen on what. Trials had prompts drawn with seed 0 and training seed 0; what is reported has
 prompts drawn with seed 1000 and training seeds from 10. On `sentences`: the world itself, 4,096 of
