@@ -36,11 +36,12 @@ the seeds. On SmolLM2 (LoRA, few answers): reward gain above 0 with its interval
 beta above that of the larger, ratio at least 0.7, distinct bigrams at least 0.8 of the reference's.
 
 What was chosen on what. Trials had prompts drawn with seed 0 and training seed 0; what is reported has
-prompts drawn with seed 1000 and training seeds from 10. On `sentences`: the world itself, 4,096 of
-8,192 prompts and DPO's rate 3e-4 of {3e-4, 1e-3}; PPO ran once. On `stories` the gold reward was
-sentiment first and became the reading level, because sentiment has ties; rates 3e-4 to 5e-3, batches
-of 64 and 128, Adam's epsilon, LoRA, sampled labels and the number of prompts were tried there, all on
-those prompts. On `smollm2` nothing was tried before.
+prompts drawn with seed 1000 and training seeds from 10. On `sentences`: the world itself (an earlier
+one with fewer words, longer answers and batches of 128, where DPO stayed just below 0.9, was given
+up), 4,096 of 8,192 prompts, and DPO's rate 3e-4 of {3e-4, 1e-3}; PPO ran once. On `stories` the gold
+reward was sentiment first and became the reading level, because sentiment has ties; rates 3e-4 to
+5e-3, batches of 64 and 128, Adam's epsilon, LoRA, sampled labels and the number of prompts were tried
+there, all on those prompts. On `smollm2` nothing was tried before.
 """
 
 from __future__ import annotations
@@ -290,7 +291,13 @@ class World:
         while len(found) < n:
             size = self.setting.opening - 1
             (tree,) = self.sample(self.model, [(self.first,)], self.setting.at_once, seed, size)
+            before = len(found)
             found |= dict.fromkeys((self.first, *answer) for answer in tree.answers)
+            if len(found) == before:
+                raise ValueError(
+                    f"{n} different openings of {self.setting.opening} tokens were asked for, and the "
+                    f"model seems to write {before} only: ask for fewer prompts or longer openings."
+                )
             seed += 1
         return list(found)[:n]
 

@@ -104,6 +104,9 @@ def test_the_reference_itself_has_no_kl_and_sampling_follows_its_probabilities(t
     prompts = world.openings(4, 5)
     assert len(set(prompts)) == 4
     assert {len(p) for p in prompts} == {3}
+    world.setting = dataclasses.replace(world.setting, opening=2)  # one word after the first token
+    with pytest.raises(ValueError, match="1000 different openings of 2 tokens"):
+        world.openings(1000, 5)
     found = frontier.evaluate(world, model, prompts, 0)
     assert np.abs(found["k1"]).max() < 1e-4
     (tree,) = world.sample(model, prompts[:1], 1, 0)
