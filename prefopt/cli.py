@@ -23,6 +23,7 @@ from prefopt.evaluation.tuning_advice import Aim, Changes
 from prefopt.flow import FlowConfig, run_flow
 from prefopt.forgetting_flow import ForgettingConfig, run_forgetting_flow
 from prefopt.label_job import LabelConfig
+from prefopt.launched import is_first_process
 from prefopt.models import BaseQuantization, Device, DType, LoRASettings
 from prefopt.online_flow import OnlineConfig, run_online_flow
 from prefopt.plan import PlanConfig
@@ -270,6 +271,12 @@ def _tell_labels(labels: Any) -> None:
     print(f"Read on: {labels.folder}/report/label_report.html")
 
 
+def _say(text: str) -> None:
+    """Tell people, once where several processes train together."""
+    if is_first_process():
+        print(text)
+
+
 def train_dpo(
     preferences: str,
     out: str,
@@ -293,18 +300,17 @@ def train_dpo(
     """
     from prefopt.data.preference_data import load_preferences
     from prefopt.data.preflight import preflight
-    from prefopt.models import load_model
+    from prefopt.models import load_tokenizer
     from prefopt.training.dpo import train_dpo as train
 
     groups = load_preferences(preferences)
-    loaded = load_model(model, device=device)
-    checked = preflight(groups, loaded.tokenizer, max_length=dpo.max_length)
-    print(checked.to_text())
+    checked = preflight(groups, load_tokenizer(model), max_length=dpo.max_length)
+    _say(checked.to_text())
     checked.raise_for_errors()
     result = train(groups, model, out, settings=dpo, lora=lora, device=device)
     for note in result.health:
-        print(f"{note.level}: {note.message}")
-    print(f"adapter in {result.adapter}; the reference was {result.reference}")
+        _say(f"{note.level}: {note.message}")
+    _say(f"adapter in {result.adapter}; the reference was {result.reference}")
 
 
 def train_sft(
@@ -340,14 +346,14 @@ def train_sft(
         rows = load_demonstrations(data)
     elif preferences is not None and data is None:
         shown = demonstrations(load_preferences(preferences))
-        print(shown)
+        _say(str(shown))
         rows = list(shown.rows)
     else:
         raise ValueError("give either --data or --preferences.")
     result = train(rows, model, out, replay=replay, settings=sft, lora=lora, device=device)
     for note in result.health:
-        print(f"{note.level}: {note.message}")
-    print(
+        _say(f"{note.level}: {note.message}")
+    _say(
         f"{result.n_demonstrations} demonstrations and {result.n_replay} general rows "
         f"({result.replay_token_share:.0%} of the tokens) learned; result in {result.folder}"
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from prefopt.errors import ModelError
+from prefopt.launched import n_processes, shards
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+BaseQuantization = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
+"""How bitsandbytes held the base model in 4 bits while an adapter was trained on it (QLoRA)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class LoRASettings:
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
         continue_from: folder or Hub id of an adapter to train further. It is also the reference.
             Its own r, alpha and targets then count, and the ones given here are not used.
+        quantization: how the base model is held while the adapter is trained on it (QLoRA, Dettmers
+            et al. 2023, arXiv:2305.14314): "nf4" takes a quarter of bfloat16's memory for the linear
+            layers; embeddings, norms and the output head stay as they are. Needs bitsandbytes.
     """
 
     r: int = 16
@@ -55,6 +61,7 @@ class LoRASettings:
     dora: bool = False
     rslora: bool = False
     continue_from: str | None = None
+    quantization: BaseQuantization = "none"
 
     def __post_init__(self) -> None:
         problems = []
@@ -132,6 +139,7 @@ def load_model(
     device: Device = "auto",
     dtype: DType = "auto",
     trainable: bool = False,
+    quantization: BaseQuantization = "none",
 ) -> LanguageModel:
     """Load a causal language model with its tokenizer, and a LoRA adapter on top if one is named.
 
@@ -142,21 +150,28 @@ def load_model(
         device: "auto" takes a GPU where there is one.
         dtype: "auto" is bfloat16 on a GPU that has it and float32 elsewhere.
         trainable: whether the adapter's weights shall receive gradients.
+        quantization: of the linear layers, to 4 bits by bitsandbytes; they are multiplied in `dtype`.
 
     Raises:
         ModelError: no such model, unreadable files, no such device, or an adapter made for another
-            base model.
+            base model; or there is no bitsandbytes.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = resolve_device(device)
     path = resolve_model_path(name)
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), "use_safetensors": True}
+    if trainable and shards():
+        place = "cpu"  # from where FSDP and DeepSpeed take each device's share
+    elif place == "cuda" and n_processes() > 1:
+        place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if quantization != "none":
+        options |= {"quantization_config": _four_bit(quantization, options["dtype"])}
+        options |= {"device_map": {"": place}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         with _quiet_loading(name == DEMO_MODEL):
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=resolve_dtype(dtype, place), use_safetensors=True
-            )
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"cannot load model {name!r}: {_first_line(error)} Give a Hub id that this machine can "
@@ -165,12 +180,37 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(place)
+    if quantization == "none":
+        model.to(place)
+    else:
+        model.requires_grad_(False)  # packed weights have no gradient
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # On some CPUs bitsandbytes packs weights anew, and rounds their scales, once they are
+                # used in evaluation mode: the reference would be another model than the policy's.
+                module.support_avx512bf16_for_cpu = False
     model.eval()
     if adapter is not None:
         model = _load_adapter(model, str(adapter), trainable)
     shown = name if adapter is None else f"{name}+adapter"
     return LanguageModel(name=shown, model=model, tokenizer=tokenizer, base=name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, without the model.
+
+    Raises:
+        ModelError: there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model_path(name))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {name!r}: {_first_line(error)} Give a Hub id that this "
+            "machine can reach, a local folder written by save_pretrained, or 'demo'."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -422,10 +462,6 @@ def _is_plain_lora(layer: Any) -> bool:
     )
 
 
-BaseQuantization = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
-"""How bitsandbytes held the base model in 4 bits while an adapter was trained on it (QLoRA)."""
-
-
 def merge_adapter(
     name: str,
     adapter: str | Path | None,
@@ -491,23 +527,30 @@ def _carry_sentencepiece(name: str, folder: Path) -> None:
         shutil.copy(found, folder / "tokenizer.model")
 
 
-def _as_training_saw_it(name: str, quantization: BaseQuantization, dtype: Any) -> Any:
-    """The base model with its weights quantised by bitsandbytes and back, as a plain model."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _four_bit(quantization: BaseQuantization, dtype: Any) -> Any:
+    """bitsandbytes' settings; raises ModelError where it is not installed."""
+    from transformers import BitsAndBytesConfig
 
     kind, _, double = quantization.partition("-")
     try:
         import_module("bitsandbytes")
     except ImportError as error:
         raise ModelError(
-            "weights as 4-bit training saw them need bitsandbytes: pip install 'prefopt[qlora]'."
+            "weights in 4 bits need bitsandbytes: pip install 'prefopt[qlora]'."
         ) from error
-    config = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=bool(double),
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _as_training_saw_it(name: str, quantization: BaseQuantization, dtype: Any) -> Any:
+    """The base model with its weights quantised by bitsandbytes and back, as a plain model."""
+    from transformers import AutoModelForCausalLM
+
+    config = _four_bit(quantization, dtype)
     model = AutoModelForCausalLM.from_pretrained(
         resolve_model_path(name), dtype=dtype, use_safetensors=True, quantization_config=config
     ).dequantize(dtype=dtype)

@@ -70,11 +70,13 @@ def test_mathematics_needs_torch_only(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_dependencies_point_one_way(path):
     """types <- text side <- models and sampling <- training and evaluation <- flow <- cli."""
-    ranks = {"types": 0, "errors": 0, "progress": 0, "data": 1, "chat": 1, "label_model": 1,
+    ranks = {"types": 0, "errors": 0, "progress": 0, "launched": 0,
+             "data": 1, "chat": 1, "label_model": 1,
              "labelling": 1, "judging_plan": 1, "preferences": 1,
              "runs": 2, "models": 2, "hosted": 2,
              "judges": 3, "sampling": 3, "training": 3, "testing": 3,
-             "evaluation": 4, "label_job": 4, "flow_stages": 4, "flow": 5, "online_flow": 6, "serving": 5,
+             "evaluation": 4, "label_job": 4, "flow_stages": 4, "flow": 5, "online_flow": 6,
+             "serving": 5,
              "classic_flow": 5, "forgetting_flow": 5, "cli": 7}  # fmt: skip
     ranks |= {"plan": 4, "plan_hardware": 0, "plan_model": 3, "plan_memory": 4, "plan_time": 4}
     ranks |= dict.fromkeys(MATH_SIDE, 0)

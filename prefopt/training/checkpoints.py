@@ -51,3 +51,23 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path, ignore_errors=True)
     return max(whole)[1] if whole else None
+
+
+def resume_point(accelerator: Any, folder: Path, identity: Any) -> Path | None:
+    """Claim the folder and find the checkpoint to go on from, once for all processes.
+
+    Args:
+        accelerator: of the trainer.
+        folder: where the checkpoints lie.
+        identity: as for `claim_checkpoints`.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        claim_checkpoints(folder, identity)
+        found = [last_whole_checkpoint(folder)]
+    broadcast_object_list(found)
+    if found[0] is not None and accelerator.is_main_process:
+        logger.warning("continuing from %s", found[0].name)
+    return found[0]

@@ -22,6 +22,7 @@ import msgspec
 from prefopt.chat import tokenize_preference
 from prefopt.data.rows import Source
 from prefopt.errors import DataError, ModelError
+from prefopt.launched import is_first_process, refuse_processes, rows_of_each, shards
 from prefopt.models import (
     Device,
     DType,
@@ -32,7 +33,7 @@ from prefopt.models import (
     lora_config,
     model_fingerprint,
 )
-from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
+from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote, TrainingPoint, diagnose, training_points
 from prefopt.training.token_rows import TokenRow
 from prefopt.types import PreferenceGroup
@@ -229,34 +230,32 @@ def train_dpo(
             )
     else:
         loaded = load_model(
-            model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True
-        )
+            model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True,
+            quantization=lora.quantization,
+        )  # fmt: skip
     rows = _tokenized_rows(groups, loaded.tokenizer, settings.max_length)
     own_answers = out.with_name(out.name + ".own_answers")
     general = _general_rows(replay, loaded, len(rows), settings, own_answers, progress)
-    claim_checkpoints(
-        checkpoint_dir,
-        [
-            model_fingerprint(loaded.base),
-            rows,
-            general,
-            msgspec.to_builtins(settings),
-            msgspec.to_builtins(lora),
-            lora.continue_from and adapter_fingerprint(lora.continue_from),
-        ],
-    )
+    identity = [
+        model_fingerprint(loaded.base),
+        rows,
+        general,
+        msgspec.to_builtins(settings),
+        msgspec.to_builtins(lora),
+        lora.continue_from and adapter_fingerprint(lora.continue_from),
+    ]
     trainer = _make_trainer(loaded, rows, general, settings, lora, checkpoint_dir, progress)
     logger.info(
         "the DPO reference is %s; %d pairs, %d general rows", reference, len(rows), len(general)
     )
 
-    resume = last_whole_checkpoint(checkpoint_dir)
-    if resume is not None:
-        logger.warning("continuing from %s", resume.name)
+    from prefopt.training.sharding import n_trained
+
+    resume = resume_point(trainer.accelerator, checkpoint_dir, identity)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     points = training_points(trainer.state.log_history)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trained = n_trained(trainer.model)
     health = diagnose(
         points,
         beta=settings.beta,
@@ -274,9 +273,12 @@ def train_dpo(
         n_replay=len(general),
         n_replay_cut=sum(row.is_cut for row in general),
     )
-    _save(trainer.model, loaded, result, settings, lora)
-    shutil.rmtree(checkpoint_dir, ignore_errors=True)
-    own_answers.unlink(missing_ok=True)
+    weights = trainer.whole_weights()
+    if is_first_process():
+        _save(trainer.model, weights, loaded, result, settings, lora)
+        shutil.rmtree(checkpoint_dir, ignore_errors=True)
+        own_answers.unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
@@ -334,6 +336,8 @@ def _general_rows(
 
     if source is None or settings.replay_weight == 0:
         return []
+    if source == "own_answers":
+        refuse_processes("sampling own_answers", "give the general data as a file")
     steps = math.ceil(settings.epochs * math.ceil(n_pairs / settings.batch_size))
     most = steps * rows_per_step(settings.replay_share, settings.batch_size)
     length, seed = settings.max_length, settings.seed
@@ -359,7 +363,7 @@ def _make_trainer(
 
     steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
-    on_cpu = loaded.device.type == "cpu"
+    on_cpu = loaded.device.type == "cpu" and not shards()
     args = DPOConfig(
         output_dir=str(checkpoint_dir),
         beta=settings.beta,
@@ -373,7 +377,7 @@ def _make_trainer(
         learning_rate=settings.learning_rate or default_learning_rate(n_parameters),
         num_train_epochs=settings.epochs,
         soft_labels=settings.soft_labels,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=rows_of_each(settings.batch_size),
         micro_batch_tokens=settings.micro_batch_tokens,
         max_length=settings.max_length,
         warmup_steps=settings.warmup,
@@ -404,7 +408,7 @@ def _make_trainer(
         peft_config=None if is_peft else lora_config(lora),
         replay_dataset=general or None,
     )
-    ProgressBar(description="training (DPO)", show=progress).attach(trainer)
+    ProgressBar(description="training (DPO)", show=progress and is_first_process()).attach(trainer)
     return trainer
 
 
@@ -415,6 +419,7 @@ def _mean_words(groups: Sequence[PreferenceGroup], side: Literal[0, 1]) -> float
 
 def _save(
     model: Any,
+    weights: Any,
     loaded: LanguageModel,
     result: DPOResult,
     settings: DPOSettings,
@@ -424,7 +429,7 @@ def _save(
     from prefopt.data.records import write_bytes, write_records
 
     with whole_folder(result.adapter) as folder:
-        model.save_pretrained(folder, selected_adapters=["default"])
+        model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights)
         loaded.tokenizer.save_pretrained(folder)
         write_records(folder / "training_log.jsonl", result.points)
         card = _model_card(loaded.base, result, settings, lora)

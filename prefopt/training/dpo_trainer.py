@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from prefopt.training.dpo_config import own_config
 from prefopt.training.policy_setup import (
     balancing_loss_weight,
     check_arguments,
+    check_sharding,
     disable_dropout,
     load_policy,
     loading_options,
@@ -72,8 +74,12 @@ from prefopt.training.replay import (
     replay_rows,
     rows_per_step,
 )
+from prefopt.training.sharding import most
 from prefopt.training.tree_model import (
     AnswerScores,
+    Scoring,
+    add_answer_scoring,
+    base_model,
     choose_scoring,
     score_answers,
 )
@@ -151,7 +157,7 @@ class DPOTrainer(TreeTrainer):
         model, kind = with_adapter(model, ref_model, peft_config, args)
         if args.disable_dropout:
             disable_dropout(model)
-        if args.gradient_checkpointing and kind.startswith("adapter"):
+        if args.gradient_checkpointing and hasattr(model, "peft_config"):
             model.enable_input_require_grads()
         if not args.needs_reference:
             kind = "none"
@@ -174,11 +180,12 @@ class DPOTrainer(TreeTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_sharding(args, self.sharding, base_model(self.model))
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
         self._offload = offloading_context(self.model, args)
         self.aux_loss_enabled, self._aux_loss_weight = balancing_loss_weight(self.model, args)
-        self.scoring = choose_scoring(self.model, compiled=args.torch_compile)
+        self._set_up_scoring()
         self.ref_model = None if kind.startswith("adapter") else (ref_model or initial)
         self._step_zero_checked = self._release_reference = False
         self._set_up_reference(kind, ref_model)
@@ -186,7 +193,7 @@ class DPOTrainer(TreeTrainer):
             self.add_callback(
                 trl.SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator)
             )
-        if args.precompute_ref_log_probs:
+        if args.precompute_ref_log_probs and not self.sharding.parameters:
             self._precompute()
 
     # --- Setting up ------------------------------------------------------------------------------
@@ -224,21 +231,15 @@ class DPOTrainer(TreeTrainer):
 
     def _set_up_reference(self, kind: Any, given: Any) -> None:
         args = self.args
-        module = self.model if self.ref_model is None else self.ref_model
+        if kind == "model copy" and self.sharding.parameters and self.ref_model is None:
+            # The reference is precomputed when weights are parted, and a run that goes on has read
+            # its checkpoint by then.
+            self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
             if args.disable_dropout:
                 disable_dropout(self.ref_model)
             self.ref_model.requires_grad_(False)
-            # Before anything shards it: how it is scored is found out on whole weights.
-            scoring = choose_scoring(self.ref_model)
-            if not self.scoring.fused.norms:
-                # The policy's norms train and are not fused. The same arithmetic on both sides keeps
-                # the margin at exactly 0 before the first step.
-                scoring = replace(scoring, fused=scoring.fused._replace(norms=()))
-            self.ref_model = module = prepare_reference(self, self.ref_model)
-        else:
-            scoring = self.scoring
-        reference = Reference(kind, module)
+        reference = Reference(kind, self.model if self.ref_model is None else self.ref_model)
         folder = args.reference_cache
         if folder is None and args.precompute_ref_log_probs:
             home = Path(os.environ.get("PREFOPT_CACHE", Path.home() / ".cache" / "prefopt"))
@@ -252,14 +253,43 @@ class DPOTrainer(TreeTrainer):
             fingerprint,
             in_memory=not args.sync_ref_model and (again or args.precompute_ref_log_probs),
         )
+        scoring = self._scoring
+        if self.ref_model is not None:
+            # Before anything shards it: how it is scored is found out on whole weights.
+            scoring = None if self.sharding.parameters else self._scoring_of_reference()
+            add_answer_scoring(base_model(self.ref_model))
+            self.ref_model = prepare_reference(self, self.ref_model)
+            reference = Reference(kind, self.ref_model)
         self.reference = ReferenceScorer(
             reference,
             scoring,
             cache,
             pad_token_id=self._pad_token_id,
             autocast=self.accelerator.autocast,
+            most=partial(most, self.accelerator) if self.sharding.parameters else None,
         )
         logger.info("the reference is %s", reference)
+
+    def _scoring_of_reference(self) -> Scoring:
+        scoring = choose_scoring(self.ref_model, low_precision=self._multiplies_in_half)
+        if self.scoring.fused.norms:
+            return scoring
+        # The policy's norms train and are not fused. The same arithmetic on both sides keeps the
+        # margin at exactly 0 before the first step.
+        return replace(scoring, fused=scoring.fused._replace(norms=()))
+
+    def _settle(self) -> None:
+        super()._settle()
+        if not self.sharding.parameters:
+            return
+        own = self.ref_model is None
+        self.reference.scoring = self.scoring if own else self._scoring_of_reference()
+        if self.args.precompute_ref_log_probs:
+            self._precompute()
+
+    def _before_passes(self, micro_batches: Sequence[MicroBatch]) -> None:
+        if self.reference.reference.kind != "none":
+            self.reference.prepare([m.trees for m in micro_batches], self.args.device)
 
     def _plan(self, rows: Sequence[PreferenceRow]) -> list[MicroBatch]:
         # A loss that sorts its batch is one number of all pairs: they go through the model at once.
@@ -295,12 +325,18 @@ class DPOTrainer(TreeTrainer):
             show=self.accelerator.is_main_process and not self.args.disable_tqdm,
         )
         # Each process takes its share; what the others computed comes through the cache on disk.
-        mine = plan[self.accelerator.process_index :: self.accelerator.num_processes]
+        processes = self.accelerator.num_processes
         sums = torch.zeros(len(rows), 2, dtype=torch.float64)
         with bar:
-            for batch in mine:
-                self._reference_sums(batch, sums)
-                bar.update(len(batch.trees) * self.accelerator.num_processes)
+            for start in range(0, len(plan), processes):
+                of_all = plan[start : start + processes]
+                mine = of_all[self.accelerator.process_index : self.accelerator.process_index + 1]
+                self.reference.prepare(
+                    [batch.trees for batch in mine or plan[:1]], self.args.device
+                )
+                for batch in mine:
+                    self._reference_sums(batch, sums)
+                bar.update(sum(len(batch.trees) for batch in of_all))
         if self.accelerator.num_processes > 1:
             on_device = sums.to(self.args.device)
             sums = self.accelerator.reduce(on_device, reduction="sum").cpu()
@@ -488,7 +524,8 @@ class DPOTrainer(TreeTrainer):
         self._step_zero_checked = True
         if self.state.global_step > 0 or not self.reference.reference.is_initial_policy:
             return
-        low = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype.itemsize < 4
+        half = self.args.bf16 or self.args.fp16 or self._multiplies_in_half
+        low = half or next(self.model.parameters()).dtype.itemsize < 4
         allowed = (5e-2 if low else 1e-3) * (1.0 + policy.detach().abs())
         off = (policy.detach() - reference).abs()
         if bool((off > allowed).any()):

@@ -25,9 +25,14 @@ class FusedPlan(NamedTuple):
     norms: tuple[tuple[Any, float], ...]  # (module, eps)
     mlps: tuple[Any, ...]
     rotaries: tuple[Any, ...]  # Python modules with an `apply_rotary_pos_emb`
+    lora: bool = True  # plain LoRA layers too
 
 
 NOTHING_FUSED = FusedPlan((), (), ())
+"""Fused LoRA layers only."""
+
+AS_IT_IS = FusedPlan((), (), (), lora=False)
+"""Every module runs itself, as it must where its weights are there only while it does."""
 
 
 def plan_fused_layers(model: Any) -> FusedPlan:
@@ -73,7 +78,7 @@ def fused_layers(model: Any, plan: FusedPlan) -> Iterator[None]:
     ]
     mlps = [m for m in plan.mlps if "forward" not in vars(m)]
     rotaries = [(home, home.apply_rotary_pos_emb) for home in plan.rotaries]
-    with fused_lora(model):
+    with fused_lora(model) if plan.lora else contextlib.nullcontext():
         for module, eps in norms:
             module.forward = _stand_in(_norm_forward(module, eps), module.forward, 1)
         for module in mlps:

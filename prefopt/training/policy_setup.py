@@ -145,9 +145,28 @@ def prepare_reference(trainer: Any, model: Any) -> Any:
     if trainer.is_deepspeed_enabled:
         from trl.models import prepare_deepspeed
 
-        return prepare_deepspeed(model, trainer.accelerator)
+        # The engine's own attributes hide the model's; what gathers weights hangs on the modules.
+        return prepare_deepspeed(model, trainer.accelerator).module
     if trainer.is_fsdp_enabled:
-        from trl.models import prepare_fsdp
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        return prepare_fsdp(model, trainer.accelerator)
+        return fsdp2_prepare_model(trainer.accelerator, model).eval()
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def check_sharding(args: Any, sharding: Any, model: Any) -> None:
+    """Raise ValueError naming every setting that does not go with parted weights."""
+    if not sharding.parameters:
+        return
+    problems = []
+    if getattr(args, "sync_ref_model", False):
+        problems.append("sync_ref_model moves a reference whose weights are parted")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        problems.append("a quantised model, whose packed weights cannot be parted")
+    if args.torch_compile:
+        problems.append("torch_compile would gather weights at times that differ between processes")
+    if problems:
+        raise ValueError(
+            f"with FSDP or ZeRO-3 this is not supported: {'; '.join(problems)}. Train with DDP or "
+            "ZeRO-2, which keep all weights on each device, or leave it out."
+        )

@@ -21,6 +21,7 @@ import msgspec
 from prefopt.chat import tokenize_prompt
 from prefopt.errors import DataError
 from prefopt.judges import Judge
+from prefopt.launched import refuse_processes
 from prefopt.models import (
     Device,
     DType,
@@ -96,6 +97,7 @@ def train_ppo(
         TrainingError: a number is no longer finite, or no answer got a score.
         ModelError: model, adapter, reward or device cannot be used.
     """
+    refuse_processes("train_ppo", "use PPOTrainer, which trains in several")
     settings, lora, out = settings or PPOSettings(), lora or LoRASettings(), Path(out)
     if not prompts:
         raise DataError("there are no prompts to answer.")
@@ -116,8 +118,9 @@ def train_ppo(
     loaded = model
     if isinstance(loaded, str):
         loaded = load_model(
-            loaded, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True
-        )
+            loaded, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True,
+            quantization=lora.quantization,
+        )  # fmt: skip
     if isinstance(reward, str | Path):
         reward = _load_reward(reward, loaded)
     trainer, watch = _make_trainer(

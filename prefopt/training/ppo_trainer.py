@@ -245,7 +245,9 @@ class PPOTrainer(transformers.Trainer):
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "PPOTrainer does not shard models; start it without FSDP or DeepSpeed."
+                "PPO samples from the policy and switches its adapters between steps, which shares of "
+                "weights do not allow. Launch it with recipes/accelerate/ddp.yaml; where memory is "
+                "short, train an adapter on a base model in 4 bits (--lora.quantization nf4)."
             )
         for callback in tuple(self.callback_handler.callbacks):
             if isinstance(callback, ProgressBar):

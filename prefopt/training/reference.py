@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -81,20 +81,30 @@ class Reference(NamedTuple):
 
 @contextlib.contextmanager
 def _adapter(model: Any, kind: ReferenceKind) -> Iterator[None]:
+    # PEFT's switches also decide which parameters train, which is put back as it was before anything
+    # runs: a weight that is gathered for the reference may be the one that the policy goes on with.
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+
+    def restored() -> None:
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
+
     if kind in ("adapter off", "base model"):
-        with model.disable_adapter():
-            yield
+        try:
+            with model.disable_adapter():
+                restored()
+                yield
+        finally:
+            restored()
     elif kind == "adapter copy":
-        # PEFT's set_adapter also decides which parameters train; that is put back as it was.
-        trains = {id(p): p.requires_grad for p in model.parameters()}
         before = model.active_adapter
         model.set_adapter(COPY_NAME)
+        restored()
         try:
             yield
         finally:
             model.set_adapter(before)
-            for parameter in model.parameters():
-                parameter.requires_grad_(trains[id(parameter)])
+            restored()
     else:
         yield
 
@@ -257,25 +267,66 @@ class ReferenceScorer:
         cache: where what was computed is kept.
         pad_token_id: for ways that pad.
         autocast: makes the context in which the reference runs.
+        most: the largest of a number that each process has, where all must run the reference together
+            because its weights are parted; then `prepare` comes before `token_logps`.
     """
 
     def __init__(
         self,
         reference: Reference,
-        scoring: Scoring,
+        scoring: Scoring | None,
         cache: ReferenceCache,
         *,
         pad_token_id: int,
         autocast: Any = contextlib.nullcontext,
+        most: Callable[[int], int] | None = None,
     ) -> None:
-        self.reference, self.cache = reference, cache
-        self._scoring, self._pad, self._autocast = scoring, pad_token_id, autocast
+        self.reference, self.cache, self.scoring = reference, cache, scoring
+        self._pad, self._autocast, self._most = pad_token_id, autocast, most
+        self._prepared: dict[bytes, Tensor] = {}
         self.n_computed = 0
 
     def release_model(self) -> None:
         """Forget the model, so that its memory can be used; what is cached stays."""
         self.reference = Reference(self.reference.kind, None)
-        self._scoring = replace(self._scoring, fused=NOTHING_FUSED)  # it names the model's modules
+        if self.scoring is not None:  # it names the model's modules
+            self.scoring = replace(self.scoring, fused=NOTHING_FUSED)
+
+    def prepare(self, batches: Sequence[Sequence[AnswerTree]], device: torch.device) -> None:
+        """Compute what is not known of some batches, as often as the process with the most to do.
+
+        Does nothing where no process needs another one for it.
+        """
+        if self._most is None:
+            return
+        self._prepared = {}
+        lacking = []
+        for trees in batches:
+            missing = self._missing(trees, self._known(trees))
+            if missing:
+                lacking.append(missing)
+        for index in range(self._most(len(lacking))):
+            mine = index < len(lacking)
+            computed = self._compute(lacking[index] if mine else batches[0][:1], device)
+            if mine:
+                self.cache.put(computed)
+                self._prepared |= computed
+
+    def _known(self, trees: Sequence[AnswerTree]) -> dict[bytes, Tensor]:
+        keys = {sequence_key(tree.prompt_ids, a) for tree in trees for a in tree.answers}
+        found = {key: self._prepared[key] for key in keys & self._prepared.keys()}
+        return found | self.cache.get(keys - found.keys())
+
+    @staticmethod
+    def _missing(trees: Sequence[AnswerTree], known: Collection[bytes]) -> list[AnswerTree]:
+        lacking = (
+            AnswerTree(
+                tree.prompt_ids,
+                tuple(a for a in tree.answers if sequence_key(tree.prompt_ids, a) not in known),
+            )
+            for tree in trees
+        )
+        return [tree for tree in lacking if tree.answers]
 
     def token_logps(self, trees: Sequence[AnswerTree], device: torch.device) -> Tensor:
         """Log-probabilities (R,) of the answers' tokens, answer after answer, on `device`.
@@ -283,21 +334,14 @@ class ReferenceScorer:
         Raises:
             TrainingError: an answer is not in the cache and the model was released.
         """
-        keys = [[sequence_key(t.prompt_ids, a) for a in t.answers] for t in trees]
-        known = self.cache.get(key for tree in keys for key in tree)
-        lacking = (
-            AnswerTree(
-                tree.prompt_ids,
-                tuple(a for a, key in zip(tree.answers, ks, strict=True) if key not in known),
-            )
-            for tree, ks in zip(trees, keys, strict=True)
-        )
-        missing = [tree for tree in lacking if tree.answers]
+        known = self._known(trees)
+        missing = self._missing(trees, known)
         if missing:
             computed = self._compute(missing, device)
             self.cache.put(computed)
             known |= computed
-        return torch.cat([known[key].to(device) for tree in keys for key in tree])
+        keys = (sequence_key(tree.prompt_ids, a) for tree in trees for a in tree.answers)
+        return torch.cat([known[key].to(device) for key in keys])
 
     def _compute(self, trees: Sequence[AnswerTree], device: torch.device) -> dict[bytes, Tensor]:
         if self.reference.model is None:
@@ -306,13 +350,16 @@ class ReferenceScorer:
                 "precomputed, and the reference model is no longer in memory. Give their dataset "
                 "when the trainer is made, or give ref_model."
             )
-        batch = self._scoring.batch(trees, self._pad).to(device)
+        scoring = self.scoring
+        if scoring is None:
+            raise RuntimeError("it is not known yet how the reference is scored.")
+        batch = scoring.batch(trees, self._pad).to(device)
         with (
             self.reference.active() as model,
-            tree_attention(model, self._scoring),
+            tree_attention(model, scoring),
             self._autocast(),
         ):
-            scores = score_answers(model, batch, self._scoring, statistics=False)
+            scores = score_answers(model, batch, scoring, statistics=False)
         self.n_computed += batch.n_answers
         parts = scores.tokens.logprobs.float().split(batch.lengths.tolist())
         names = (sequence_key(t.prompt_ids, a) for t in trees for a in t.answers)

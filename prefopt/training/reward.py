@@ -24,6 +24,7 @@ from prefopt.data.labelled import LabelledPair, load_labelled
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.rows import read_rows
 from prefopt.errors import DataError
+from prefopt.launched import refuse_processes
 from prefopt.models import (
     Device,
     DType,
@@ -115,6 +116,7 @@ def train_reward(
         TrainingError: the loss is no longer finite.
         ModelError: the model, adapter or device cannot be used.
     """
+    refuse_processes("train_reward", "use RewardTrainer, which trains in several")
     settings, lora, out = settings or RewardSettings(), lora or LoRASettings(), Path(out)
     checkpoint_dir = Path(checkpoints) if checkpoints else out.with_name(out.name + ".checkpoints")
     reward = _initial(model, lora, settings, device, dtype)
@@ -263,7 +265,7 @@ def _initial(
 
     loaded = model
     if isinstance(loaded, str):
-        loaded = load_model(loaded, device=device, dtype=dtype)
+        loaded = load_model(loaded, device=device, dtype=dtype, quantization=lora.quantization)
     if lora.continue_from is not None:
         return RewardModel.load(
             lora.continue_from, base=loaded, adapter_name="default", trainable=True

@@ -38,6 +38,7 @@ from prefopt.models import (
     wrap_with_adapter,
 )
 from prefopt.training.checkpoints import whole_folder
+from prefopt.training.sharding import run_within
 from prefopt.training.tree_model import (
     Scoring,
     answer_states,
@@ -238,17 +239,30 @@ class RewardModel(nn.Module):
             self.write(temporary)
         return folder
 
-    def write(self, folder: Path) -> None:
-        """The files of `save` into a folder that is there, such as a checkpoint's."""
+    def write(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """The files of `save` into a folder that is there, such as a checkpoint's.
+
+        Args:
+            folder: where to.
+            weights: to write instead of the model's own, by their names in it.
+        """
+        own = None
+        if weights is not None:
+            own = {
+                n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")
+            }
         if self.adapter is None:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=own)
         else:
-            self.model.save_pretrained(folder, selected_adapters=[self.adapter])
+            self.model.save_pretrained(folder, selected_adapters=[self.adapter], state_dict=own)
             if self.adapter != "default":  # which PEFT puts into a folder of its own
                 for file in (folder / self.adapter).iterdir():
                     file.replace(folder / file.name)
                 (folder / self.adapter).rmdir()
-        head = {f"reward.{n}": w.detach().cpu() for n, w in self.head.state_dict().items()}
+        head = {
+            f"reward.{n}": (w if weights is None else weights[f"head.{n}"]).detach().cpu()
+            for n, w in self.head.state_dict().items()
+        }
         save_file(head, folder / _HEADS)
         said = RewardModelFile(
             base=None if self.adapter is None else self.base or "unnamed",
@@ -321,10 +335,19 @@ class RewardModel(nn.Module):
     def forward(self, **inputs: Any) -> Tensor:
         """Raw scores (A,), bias not subtracted, of what `answer_states` asks a model for."""
         states: Tensor = self.model(**inputs)
-        # autocast would round the head to half precision.
+        # autocast, and some ways of sharding, would round the head's input to half precision.
         with torch.autocast(states.device.type, enabled=False):
-            scores: Tensor = self.head(states.float())
+            scores: Tensor = run_within(self.head, self._scored, states)
         return scores[:, 0]
+
+    def _scored(self, states: Tensor) -> Tensor:
+        head = self.head
+        return nn.functional.linear(states.float(), head.weight.float(), head.bias.float())
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The language model's layers, which FSDP gathers one by one."""
+        return getattr(base_model(self.model), "_no_split_modules", None)
 
     def score_trees(
         self, trees: Sequence[AnswerTree], *, micro_batch_tokens: int | None = None

@@ -10,6 +10,7 @@ beside the adapter; checkpoints are its folders. Losses are `prefopt.reward_loss
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from prefopt.chat import ids_after_end
 from prefopt.errors import TrainingError
 from prefopt.losses import plackett_luce_loss
 from prefopt.reward_losses import centering_penalty, reward_pair_loss
+from prefopt.training.fused_model import AS_IT_IS
 from prefopt.training.policy_setup import (
+    check_sharding,
     disable_dropout,
     load_policy,
     loading_options,
@@ -33,7 +36,7 @@ from prefopt.training.preference_rows import MicroBatch
 from prefopt.training.reward_config import RewardConfig as RewardConfig
 from prefopt.training.reward_config import own_reward_config
 from prefopt.training.reward_model import RewardModel
-from prefopt.training.tree_model import answer_states
+from prefopt.training.tree_model import Scoring, answer_states, base_model, choose_scoring
 from prefopt.training.tree_trainer import PlannedBatch, TreeTrainer, ranked_groups
 
 logger = logging.getLogger(__name__)
@@ -112,13 +115,18 @@ class RewardTrainer(TreeTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "the reward trainer shards nothing: DeepSpeed and FSDP would part the head from its "
-                "model. Train with DDP, with an adapter on a quantised model if memory is short."
-            )
+        check_sharding(args, self.sharding, base_model(self.reward.model))
         self._offload = offloading_context(self.reward.model, args)
-        self.scoring = self.reward.scoring
+        self.scoring = self._scoring_of_reward()
+
+    def _scoring_of_reward(self) -> Scoring:
+        """How the model is scored, found out while its weights are whole."""
+        if not self.sharding.parameters:
+            return self.reward.scoring
+        # Weights are on the CPU until they are sharded, so what only a GPU can do cannot be tried.
+        on_cpu = self.args.device.type == "cpu"
+        found = choose_scoring(self.reward.model, compiled=not on_cpu)
+        return replace(found, fused=AS_IT_IS, parted=True)
 
     @property
     def reward(self) -> RewardModel:
@@ -202,8 +210,12 @@ class RewardTrainer(TreeTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.reward.write(folder)
+        self.reward.write(folder, state_dict)
         torch.save(self.args, folder / "training_args.bin")
+
+    def _is_saved(self, name: str, parameter: Any) -> bool:
+        trains = parameter.requires_grad or name.startswith("head.") or "lora_" in name
+        return self.reward.adapter is None or trains
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.reward.read_weights(resume_from_checkpoint)

@@ -24,6 +24,7 @@ from prefopt.data.demonstrations import Demonstration, load_demonstrations, mix_
 from prefopt.data.general import OWN_ANSWERS, refuse_measured
 from prefopt.data.rows import Source
 from prefopt.errors import DataError, ModelError
+from prefopt.launched import is_first_process, refuse_processes, rows_of_each, shards
 from prefopt.models import (
     Device,
     DType,
@@ -34,7 +35,7 @@ from prefopt.models import (
     lora_config,
     model_fingerprint,
 )
-from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
+from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote, diagnose, training_points
 from prefopt.training.token_rows import TokenRow, tokenize_demonstrations
 
@@ -207,6 +208,7 @@ def train_sft(
     loaded = _load(model, settings, lora, device, dtype)
     partial = out.with_name(out.name + ".own_answers")
     if from_itself and share:
+        refuse_processes("sampling own_answers", "give the general data as a file")
         from prefopt.training.replay import own_answers
 
         most = math.ceil(len(rows) * share / (1 - share))
@@ -216,21 +218,18 @@ def train_sft(
         )  # fmt: skip
         mixed = mix_replay(rows, load_demonstrations(told), share=share, seed=seed)
     tokenized = tokenize_demonstrations(mixed, loaded.tokenizer, max_length=settings.max_length)
-    claim_checkpoints(
-        checkpoint_dir,
-        [
-            "sft",
-            model_fingerprint(loaded.base),
-            tokenized,
-            msgspec.to_builtins(settings),
-            msgspec.to_builtins(lora),
-            lora.continue_from and adapter_fingerprint(lora.continue_from),
-        ],
-    )
+    identity = [
+        "sft",
+        model_fingerprint(loaded.base),
+        tokenized,
+        msgspec.to_builtins(settings),
+        msgspec.to_builtins(lora),
+        lora.continue_from and adapter_fingerprint(lora.continue_from),
+    ]
     trainer = _make_trainer(loaded, tokenized, settings, lora, checkpoint_dir, progress)
-    resume = last_whole_checkpoint(checkpoint_dir)
-    if resume is not None:
-        logger.warning("continuing from %s", resume.name)
+    from prefopt.training.sharding import n_trained
+
+    resume = resume_point(trainer.accelerator, checkpoint_dir, identity)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     history = trainer.state.log_history
@@ -245,14 +244,17 @@ def train_sft(
         n_tokens=n_tokens,
         replay_token_share=replay_tokens / n_tokens,
         n_cut=sum(row.is_cut for row in tokenized),
-        n_parameters_trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        n_parameters_trained=n_trained(trainer.model),
         learning_rate=trainer.args.learning_rate,
         points=points,
         health=diagnose_sft(points, history),
     )
-    _save(trainer.model, loaded, result, settings, lora)
-    shutil.rmtree(checkpoint_dir, ignore_errors=True)
-    partial.unlink(missing_ok=True)
+    weights = trainer.whole_weights()
+    if is_first_process():
+        _save(trainer.model, weights, loaded, result, settings, lora)
+        shutil.rmtree(checkpoint_dir, ignore_errors=True)
+        partial.unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
@@ -323,7 +325,10 @@ def _load(
         return model
     if settings.tune == "full" and dtype == "auto":
         dtype = "float32"  # AdamW's steps are smaller than what bfloat16 weights can take
-    return load_model(model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True)
+    return load_model(
+        model, adapter=lora.continue_from, device=device, dtype=dtype, trainable=True,
+        quantization=lora.quantization,
+    )  # fmt: skip
 
 
 def _make_trainer(
@@ -344,17 +349,17 @@ def _make_trainer(
     steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
     every = max(1, int(steps / 200))
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
-    on_cpu = loaded.device.type == "cpu"
+    on_cpu = loaded.device.type == "cpu" and not shards()
     # Adapters train beside weights in the model's own dtype; weights that train stay float32 and are
     # multiplied in bfloat16.
-    mixed = settings.tune == "full" and loaded.device.type == "cuda"
+    mixed = settings.tune == "full" and loaded.device.type == "cuda" and not shards()
     args = trl.SFTConfig(
         output_dir=str(checkpoint_dir),
         max_length=None,  # rows come cut
         learning_rate=settings.learning_rate
         or default_sft_learning_rate(n_parameters, settings.tune),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=rows_of_each(settings.batch_size),
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.schedule,
         weight_decay=settings.weight_decay,
@@ -384,7 +389,9 @@ def _make_trainer(
         processing_class=loaded.tokenizer,
         peft_config=lora_config(lora) if wants_adapter else None,
     )
-    ProgressBar(description="training (SFT)", unit="row", show=progress).attach(trainer)
+    ProgressBar(
+        description="training (SFT)", unit="row", show=progress and is_first_process()
+    ).attach(trainer)
     return trainer
 
 
@@ -406,6 +413,7 @@ def _points(log_history: Iterable[Mapping[str, Any]]) -> tuple[SFTPoint, ...]:
 
 def _save(
     model: Any,
+    weights: Any,
     loaded: LanguageModel,
     result: SFTResult,
     settings: SFTSettings,
@@ -416,7 +424,7 @@ def _save(
 
     with whole_folder(result.folder) as folder:
         adapter_only = {"selected_adapters": ["default"]} if settings.tune == "lora" else {}
-        model.save_pretrained(folder, **adapter_only)
+        model.save_pretrained(folder, state_dict=weights, **adapter_only)
         loaded.tokenizer.save_pretrained(folder)
         write_records(folder / "training_log.jsonl", result.points)
         card = _model_card(loaded.base, result, settings, lora)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,18 @@ import trl
 from torch import Tensor
 
 from prefopt.errors import TrainingError
-from prefopt.training.tree_model import base_model, choose_scoring, score_answers, tree_attention
+from prefopt.training.policy_setup import check_sharding
+from prefopt.training.sharding import counted_once, most, pass_of_step
+from prefopt.training.tree_model import (
+    Scoring,
+    add_answer_scoring,
+    base_model,
+    choose_scoring,
+    n_parameters,
+    score_answers,
+    tree_attention,
+)
+from prefopt.training.whole_checkpoints import WholeCheckpoints
 from prefopt.trees import AnswerTree, split_by_tokens
 
 if TYPE_CHECKING:
@@ -29,7 +39,7 @@ class StepRows:
     trees: tuple[AnswerTree, ...]
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(WholeCheckpoints, trl.SFTTrainer):
     """TRL's, on rows of `input_ids` and `labels` whose learned tokens are the end of the row.
 
     What is other than in TRL 1.16, and why:
@@ -57,7 +67,12 @@ class SFTTrainer(trl.SFTTrainer):
                 "gradient_accumulation_steps at 1 and set micro_batch_tokens."
             )
         super().__init__(data_collator=collate_rows, **arguments)
-        self.scoring = choose_scoring(self.model)
+        check_sharding(self.args, self._set_up_sharding(), base_model(self.model))
+        self._scoring: Scoring | None = None
+        if self.sharding.parameters:
+            add_answer_scoring(base_model(self.model))  # before a wrapper minds the precision
+        else:
+            self._settled_scoring()
         default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
         self._budget = micro_batch_tokens or default
 
@@ -66,25 +81,31 @@ class SFTTrainer(trl.SFTTrainer):
     ) -> Tensor:
         """Forward and backward of all rows of the step, micro-batch by micro-batch."""
         model.train()
-        trees, device = inputs["batch"].trees, self.args.device
-        processes = self.accelerator.num_processes
+        scoring, device = self._settled_scoring(), self.args.device
+        given, processes = inputs["batch"].trees, self.accelerator.num_processes
+        trees = counted_once(
+            self.accelerator, given, self._train_batch_size, self._rows_of_training
+        )
         n_tokens = torch.tensor(float(sum(len(tree.answers[0]) for tree in trees)), device=device)
         if processes > 1:
             n_tokens = self.accelerator.reduce(n_tokens, reduction="sum")
         sums = torch.zeros(3, device=device)  # of losses, entropies and foreseen tokens
         plan = split_by_tokens([tree.n_tokens for tree in trees], self._budget)
-        for index, members in enumerate(plan):
-            wait = self.accelerator.no_sync(model) if index < len(plan) - 1 else None
+        passes = [[trees[i] for i in members] for members in plan]
+        n_own = len(passes)
+        # What processes do together, one with less to do does for nothing.
+        n_all = most(self.accelerator, n_own) if self.sharding.gradients else max(1, n_own)
+        passes += [[min(given, key=lambda tree: tree.n_tokens)]] * (n_all - n_own)
+        for index, rows in enumerate(passes):
             with (
-                wait or contextlib.nullcontext(),
+                pass_of_step(self.accelerator, model, self.sharding, last=index == len(passes) - 1),
                 self.maybe_activation_offload_context,
-                tree_attention(self.model, self.scoring),
+                tree_attention(self.model, scoring),
             ):
-                rows = [trees[i] for i in members]
-                batch = self.scoring.batch(rows, self.processing_class.pad_token_id or 0)
+                batch = scoring.batch(rows, self.processing_class.pad_token_id or 0)
                 with self.compute_loss_context_manager():
                     tokens, balance = score_answers(
-                        model, batch.to(device), self.scoring, aux_loss=self.aux_loss_enabled
+                        model, batch.to(device), scoring, aux_loss=self.aux_loss_enabled
                     )
                     losses = -tokens.logprobs
                     self._check(losses.detach(), rows)
@@ -93,15 +114,23 @@ class SFTTrainer(trl.SFTTrainer):
                     if balance is not None:  # of a mixture of experts, as TRL weighs it
                         share = len(losses) * processes / n_tokens
                         loss = loss + self.router_aux_loss_coef * share * balance
-                self.accelerator.backward(loss)
-            parts = (losses, tokens.entropy, tokens.is_top1.float())
-            sums += torch.stack([part.detach().sum() for part in parts])
+                self.accelerator.backward(loss if index < n_own else loss * 0.0)
+            if index < n_own:
+                parts = (losses, tokens.entropy, tokens.is_top1.float())
+                sums += torch.stack([part.detach().sum() for part in parts])
         if processes > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
         mean_loss, entropy, accuracy = (sums / n_tokens).unbind()
         self._metrics["train"]["entropy"].append(entropy.item())
         self._metrics["train"]["mean_token_accuracy"].append(accuracy.item())
         return mean_loss
+
+    def _settled_scoring(self) -> Scoring:
+        """How the model is scored, found out once its weights are where they stay."""
+        if self._scoring is None:
+            half = self.sharding.parameters and self.args.mixed_precision != "no"
+            self._scoring = choose_scoring(self.model, low_precision=half)
+        return self._scoring
 
     def _check(self, losses: Tensor, rows: Sequence[AnswerTree]) -> None:
         if bool(torch.isfinite(losses).all()):
@@ -121,7 +150,7 @@ class SFTTrainer(trl.SFTTrainer):
     def floating_point_ops(self, inputs: Mapping[str, StepRows]) -> int:
         """Six a parameter and token fed, the usual estimate."""
         fed = sum(tree.n_tokens for tree in inputs["batch"].trees)
-        return 6 * fed * int(base_model(self.model).num_parameters(exclude_embeddings=True))
+        return 6 * fed * n_parameters(base_model(self.model))
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
         """None; `train_sft` writes its own."""

@@ -28,11 +28,13 @@ from torch import Tensor
 from prefopt.errors import ModelError
 from prefopt.logprobs import OutputHead, TokenScores, score_tokens
 from prefopt.training.fused_model import (
+    AS_IT_IS,
     NOTHING_FUSED,
     FusedPlan,
     fused_layers,
     plan_fused_layers,
 )
+from prefopt.training.sharding import holds_parts, n_elements, run_within
 from prefopt.tree_attention import (
     FLEX_BLOCK,
     flex_attention,
@@ -73,6 +75,8 @@ class Scoring:
         fused: layers that run as fused operations.
         segment_cost: how many tokens take as long as one more segment; where padding costs less
             than the segments of many short answers would, way "tree" pads.
+        parted: whether each process holds a share of the weights only, so that a weight is whole
+            only while its own module runs.
     """
 
     way: ScoringWay
@@ -81,6 +85,7 @@ class Scoring:
     reason: str = ""
     fused: FusedPlan = NOTHING_FUSED
     segment_cost: float = 0.0
+    parted: bool = False
 
     def batch(
         self, trees: Sequence[AnswerTree], pad_token_id: int, *, feed_last: bool = False
@@ -169,6 +174,7 @@ def score_answers(
             log_sum_sq,
             batch.n_tokens,
             temperature,
+            scoring.parted,
         ),
     )
     return scores
@@ -239,6 +245,7 @@ class _Asked(NamedTuple):
     log_sum_sq: bool
     n_tokens: int
     temperature: float
+    parted: bool
 
 
 def _score(
@@ -261,14 +268,20 @@ def _score(
         tokens = _from_logits(cooled, asked.targets, asked.log_sum_sq)
     else:
         out = model.base_model(*args, **kwargs)
-        hidden = out.last_hidden_state
-        tokens = score_tokens(
-            hidden.flatten(0, 1)[asked.predictor],
-            output_head(model, asked.temperature),
-            asked.targets,
-            statistics=asked.statistics,
-            log_sum_sq=asked.log_sum_sq,
-        )
+        hidden = out.last_hidden_state.flatten(0, 1)[asked.predictor]
+        output_head(model)  # an adapter on it would be passed over
+
+        def scored(rows: Tensor) -> TokenScores:
+            return score_tokens(
+                rows,
+                output_head(model, asked.temperature),
+                asked.targets,
+                statistics=asked.statistics,
+                log_sum_sq=asked.log_sum_sq,
+            )
+
+        head = model.get_output_embeddings()
+        tokens = run_within(head, scored, hidden) if asked.parted else scored(hidden)
     balance = None
     if kwargs.get("output_router_logits"):
         balance = _balancing_loss(model, out, kwargs.get("attention_mask"), asked.n_tokens)
@@ -421,15 +434,17 @@ def register_attention() -> None:
     AttentionMaskInterface.register(_ATTENTION, mask)
 
 
-def choose_scoring(model: Any, *, compiled: bool = False) -> Scoring:
+def choose_scoring(model: Any, *, compiled: bool = False, low_precision: bool = False) -> Scoring:
     """Find the fastest way in which a model gives the same log-probabilities as its own logits.
 
     A few made-up answers are scored each way and compared with the model's logits for each answer
-    alone. The result, with its reason, is written to the log.
+    alone. The result, with its reason, is written to the log. Where weights are parted, all processes
+    must call this together, and no backward pass is tried.
 
     Args:
         model: the model, perhaps inside a PEFT wrapper; taught to score as a side effect.
         compiled: whether the model runs under torch.compile, which needs one graph for all trees.
+        low_precision: whether float32 weights are multiplied in half precision.
 
     Raises:
         ModelError: not even the model's own logits give the same twice.
@@ -441,7 +456,7 @@ def choose_scoring(model: Any, *, compiled: bool = False) -> Scoring:
     model.eval()
     try:
         with torch.no_grad():
-            scoring = _first_that_agrees(model, base, device, compiled)
+            scoring = _first_that_agrees(model, base, device, compiled, low_precision)
     finally:
         model.train(training)
     if scoring.reason:
@@ -450,14 +465,16 @@ def choose_scoring(model: Any, *, compiled: bool = False) -> Scoring:
     return scoring
 
 
-def _first_that_agrees(model: Any, base: Any, device: torch.device, compiled: bool) -> Scoring:
+def _first_that_agrees(
+    model: Any, base: Any, device: torch.device, compiled: bool, low_precision: bool
+) -> Scoring:
     trees = _probe_trees(base.config.get_text_config().vocab_size)
     expected = torch.cat([_alone(model, p, a, device) for p, answers in trees for a in answers])
     # Rounding moves log-probabilities by some units in the last place of the logits. A model that
     # accelerate trained under autocast stays wrapped in it, whatever the dtype of its weights.
     dtype = next(base.parameters()).dtype
     unit = {torch.float32: 3e-4, torch.float64: 1e-9}.get(dtype, 6e-2)
-    if any(hasattr(module, "_original_forward") for module in (model, base)):
+    if low_precision or any(hasattr(module, "_original_forward") for module in (model, base)):
         unit = max(unit, 6e-2)
     allowed = unit * (1.0 + expected.abs())
     reasons = []
@@ -487,6 +504,8 @@ def _first_that_agrees(model: Any, base: Any, device: torch.device, compiled: bo
 def _tried(model: Any, batch: TreeBatch | PaddedAnswers, scoring: Scoring) -> Tensor:
     """Log-probabilities (R,), by a way whose backward pass runs too if anything trains."""
     trained = next((p for p in model.parameters() if p.requires_grad), None)
+    if scoring.parted:  # gradients go to shares, by hooks that only a whole step may set off
+        trained = None
     with torch.set_grad_enabled(trained is not None):
         found = score_answers(model, batch, scoring, statistics=False).tokens.logprobs
         if trained is not None:
@@ -496,11 +515,11 @@ def _tried(model: Any, batch: TreeBatch | PaddedAnswers, scoring: Scoring) -> Te
 
 def _ways(model: Any, base: Any, device: torch.device, compiled: bool) -> Iterator[Scoring]:
     # Under torch.compile the compiler fuses, and finds the modules as they were.
-    fused = NOTHING_FUSED if compiled else plan_fused_layers(model)
-    tree: dict[str, Any] = {
-        "window": _attention_window(base.config.get_text_config()),
-        "fused": fused,
-    }
+    parted = holds_parts(model)
+    plain = AS_IT_IS if parted else NOTHING_FUSED
+    fused = plain if parted or compiled else plan_fused_layers(model)
+    always: dict[str, Any] = {"fused": fused, "parted": parted}
+    tree = always | {"window": _attention_window(base.config.get_text_config())}
     refused = _no_trees(model, base)
     if refused:
         yield Scoring("tree", reason=refused)
@@ -512,15 +531,23 @@ def _ways(model: Any, base: Any, device: torch.device, compiled: bool) -> Iterat
         else:
             yield Scoring("tree", "segments", segment_cost=_segment_cost(base), **tree)
         yield Scoring("tree", "dense", **tree)
-    yield Scoring("padded", fused=fused)
-    yield Scoring("logits")
+    yield Scoring("padded", **always)
+    yield Scoring("logits", fused=plain, parted=parted)
 
 
 def _segment_cost(base: Any) -> float:
     """Tokens that take as long as one more segment: its calls in each layer against 6N FLOPs."""
     layers = getattr(base.config.get_text_config(), "num_hidden_layers", 1)
     call_flops = 6e6  # about 60 microseconds, forward and backward, at 100 GFLOP/s
-    return float(layers * call_flops / (6 * base.num_parameters(exclude_embeddings=True)))
+    return float(layers * call_flops / (6 * n_parameters(base)))
+
+
+def n_parameters(base: Any) -> int:
+    """How many numbers a causal language model has in its layers, embeddings left out."""
+    if not holds_parts(base):
+        return int(base.num_parameters(exclude_embeddings=True))
+    embedded = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Embedding)}
+    return sum(n_elements(p) for p in base.parameters() if id(p) not in embedded)
 
 
 def _no_trees(model: Any, base: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from prefopt.training.callbacks import AnswerCallback, ProgressBar
@@ -31,7 +32,16 @@ from prefopt.training.preference_rows import (
     tokenize_preferences,
     usable_rows,
 )
-from prefopt.training.tree_model import Scoring, base_model, tree_attention
+from prefopt.training.sharding import counted_once, most, pass_of_step
+from prefopt.training.tree_model import (
+    Scoring,
+    add_answer_scoring,
+    base_model,
+    choose_scoring,
+    n_parameters,
+    tree_attention,
+)
+from prefopt.training.whole_checkpoints import WholeCheckpoints
 
 # Tokens a micro-batch feeds, unless the user says otherwise: enough rows for fast matrix products,
 # few enough that their activations fit beside the weights.
@@ -40,12 +50,16 @@ _MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """The micro-batches of one call of `training_step`, and the counts of the whole optimiser step."""
+    """The micro-batches of one call of `training_step`, and the counts of the whole optimiser step.
+
+    `spare` is one that a process runs for nothing, where others have more than it has.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
     n_rows: float
     mean_chosen_length: float
     n_tokens: int
+    spare: MicroBatch | None = None
 
 
 class Averages:
@@ -62,9 +76,13 @@ class Averages:
     def read(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes; the sums start anew."""
         names = sorted(self._sums)
+        if accelerator.num_processes > 1:
+            # Of the last rows of a data set a process may have had none, and so nothing to measure.
+            names = sorted(set(gather_object(names)))
         if not names:
             return {}
-        sums = torch.stack([torch.stack(self._sums[name]).sum(0) for name in names])
+        nothing = [torch.zeros(2, dtype=torch.float64, device=accelerator.device)]
+        sums = torch.stack([torch.stack(self._sums.get(name, nothing)).sum(0) for name in names])
         if accelerator.num_processes > 1:
             sums = accelerator.reduce(sums, reduction="sum")
         self._sums.clear()
@@ -74,8 +92,15 @@ class Averages:
         }
 
 
-class TreeTrainer(transformers.Trainer):
-    """The loop; `_micro_batch_loss` is a subclass's, and so is `scoring`, set once it is made.
+class _Unread(Averages):
+    """Of passes that only keep step with other processes."""
+
+    def add(self, name: str, values: Tensor, weights: Tensor) -> None:
+        """Nothing."""
+
+
+class TreeTrainer(WholeCheckpoints):
+    """The loop; `_micro_batch_loss` is a subclass's, which calls `_set_up_scoring` once it is made.
 
     Args:
         tokenizer: of the rows' texts.
@@ -85,7 +110,6 @@ class TreeTrainer(transformers.Trainer):
 
     train_dataset: Any
     eval_dataset: Any
-    scoring: Scoring
     _signature_columns: Any
 
     def __init__(self, *, tokenizer: Any, row_options: dict[str, Any], **arguments: Any) -> None:
@@ -116,13 +140,46 @@ class TreeTrainer(transformers.Trainer):
                 callback.attach(self)
         # What training_step returns is the share of the whole step's loss; nothing divides it again.
         self.loss_is_scaled_for_ga = True
-        self._averages = {"train": Averages(), "eval": Averages()}
+        self._averages = {"train": Averages(), "eval": Averages(), "spare": _Unread()}
         self._offload: Any = contextlib.nullcontext()
+        self._set_up_sharding()
+        self._scoring: Scoring | None = None
 
     @property
     def _language_model(self) -> Any:
         """The model that attends along trees."""
         return self.model
+
+    @property
+    def scoring(self) -> Scoring:
+        """How the model is scored; known from the first step on where its weights are parted."""
+        if self._scoring is None:
+            raise RuntimeError("the model's weights are parted, and have not been looked at yet.")
+        return self._scoring
+
+    @scoring.setter
+    def scoring(self, scoring: Scoring) -> None:
+        self._scoring = scoring
+
+    def _set_up_scoring(self) -> None:
+        """Find out how the model is scored: now, or once its weights are where they will be."""
+        if self.sharding.parameters:
+            # Before anything wraps the forward: precision is the wrapper's matter.
+            add_answer_scoring(base_model(self._language_model))
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._scoring = choose_scoring(
+            self._language_model,
+            compiled=self.args.torch_compile,
+            low_precision=self._multiplies_in_half,
+        )
+
+    @property
+    def _multiplies_in_half(self) -> bool:
+        """Whether FSDP multiplies float32 weights in half precision, which no dtype shows."""
+        return self.sharding.parameters and self.args.mixed_precision != "no"
 
     def _prepared(self, dataset: Any, name: str, args: Any) -> Any:
         if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
@@ -174,10 +231,15 @@ class TreeTrainer(transformers.Trainer):
         for _ in range(num_batches):
             with contextlib.suppress(StopIteration):
                 batches.append(next(epoch_iterator))
-        rows = [row for batch in batches for row in batch_rows(batch).rows]
-        if not rows:
+        if not batches:
             return [], None
+        read = [batch_rows(batch).rows for batch in batches]
+        last = counted_once(
+            self.accelerator, read[-1], self._train_batch_size, self._rows_of_training
+        )
+        rows = [row for part in (*read[:-1], last) for row in part]
         plan = self._plan(rows)
+        spare = smallest(plan or self._plan(read[-1]))
         n_rows = float(len(rows))
         n_tokens: float = sum(row.n_tokens for row in rows)
         chosen = sum(
@@ -190,34 +252,26 @@ class TreeTrainer(transformers.Trainer):
             # nothing on one process and something on another.
             counts = torch.tensor([n_rows, chosen, n_tokens], dtype=torch.float64, device=device)
             n_rows, chosen, n_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        # The last call must not be empty: it is the one in which processes add up their gradients.
+        # The last call should not be empty: it is the one in which processes add up their gradients.
         shares = [plan[len(plan) * i // len(batches) : len(plan) * (i + 1) // len(batches)]
                   for i in range(len(batches))]  # fmt: skip
-        if not shares[-1]:
+        if plan and not shares[-1]:
             shares[-1] = [next(share for share in reversed(shares) if share).pop()]
         return [
-            PlannedBatch(tuple(share), n_rows, chosen / n_rows, int(n_tokens) if i == 0 else 0)
+            PlannedBatch(
+                tuple(share), n_rows, chosen / n_rows, int(n_tokens) if i == 0 else 0, spare
+            )
             for i, share in enumerate(shares)
         ], None
-
-    def _rows_counted_once(self, rows: tuple[PreferenceRow, ...]) -> tuple[PreferenceRow, ...]:
-        """Without the rows that fill up the last batches, so that all processes have as many."""
-        shards = self.is_fsdp_enabled or self.is_deepspeed_enabled  # and needs every forward pass
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or shards or not state.end_of_dataloader:
-            return rows
-        if state.remainder <= 0:
-            return rows
-        before = self.accelerator.process_index * self.args.eval_batch_size
-        return rows[: max(0, state.remainder - before)]
 
     def _plan_alone(self, inputs: Any) -> PlannedBatch:
         """A batch that is a whole step by itself, as in evaluation."""
         if isinstance(inputs, PlannedBatch):
             return inputs
-        rows = self._rows_counted_once(batch_rows(inputs).rows)
+        given = batch_rows(inputs).rows
+        rows = counted_once(self.accelerator, given, self.args.eval_batch_size)
         if not rows:
-            return PlannedBatch((), 1.0, 0.0, 0)
+            return PlannedBatch((), 1.0, 0.0, 0, smallest(self._plan(given)))
         chosen = sum(
             pair.weight * len(row.sequences[pair.chosen].answer_ids)
             for row in rows
@@ -225,7 +279,8 @@ class TreeTrainer(transformers.Trainer):
         )
         plan = self._plan(rows)
         n_tokens = sum(row.n_tokens for row in rows)
-        return PlannedBatch(tuple(plan), float(len(rows)), chosen / len(rows), n_tokens)
+        mean_length = chosen / len(rows)
+        return PlannedBatch(tuple(plan), float(len(rows)), mean_length, n_tokens, smallest(plan))
 
     # --- Loss ------------------------------------------------------------------------------------
 
@@ -242,22 +297,49 @@ class TreeTrainer(transformers.Trainer):
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
+        if self._scoring is None:
+            self._settle()
         total = torch.zeros((), device=self.args.device)
-        options: dict[str, Any] = {}
+        processes, options = self.accelerator.num_processes, dict[str, Any]()
         if (
             self.accelerator.distributed_type
             == transformers.training_args.DistributedType.DEEPSPEED
         ):
             options["scale_wrt_gas"] = False
-        for index, micro_batch in enumerate(inputs.micro_batches):
-            last = index == len(inputs.micro_batches) - 1
-            wait = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-            with wait, self._offload, tree_attention(self._language_model, self.scoring):
-                loss = self._micro_batch_loss(model, micro_batch, inputs, "train")
+        # Where gradients are added up only once, it is in the last call, which nobody may miss.
+        least = int(self.accelerator.sync_gradients)
+        passes = self._passes(inputs, "train", together=self.sharding.gradients, least=least)
+        for index, (micro_batch, mode) in enumerate(passes):
+            last = index == len(passes) - 1
+            with (
+                pass_of_step(self.accelerator, model, self.sharding, last=last),
+                self._offload,
+                tree_attention(self._language_model, self.scoring),
+            ):
+                loss = self._micro_batch_loss(model, micro_batch, inputs, mode)
                 # Processes average their gradients; the step's mean is over the rows of all of them.
-                self.accelerator.backward(loss * self.accelerator.num_processes, **options)
-            total += loss.detach()
-        return total * self.accelerator.num_processes
+                share = processes if mode == "train" else 0.0
+                self.accelerator.backward(loss * share, **options)
+            if mode == "train":
+                total += loss.detach()
+        return total * processes
+
+    def _passes(
+        self, step: PlannedBatch, mode: str, *, together: bool, least: int = 0
+    ) -> list[tuple[MicroBatch, str]]:
+        """A step's micro-batches, and spare ones up to as many as any process has."""
+        n = max(least, len(step.micro_batches))
+        if together:
+            n = most(self.accelerator, n)
+        passes = [(micro_batch, mode) for micro_batch in step.micro_batches]
+        if len(passes) < n:
+            spare = step.spare or smallest(step.micro_batches)
+            passes += [(spare, "spare")] * (n - len(passes))
+        self._before_passes([micro_batch for micro_batch, _ in passes])
+        return passes
+
+    def _before_passes(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """What a subclass computes for all micro-batches before the first goes through the model."""
 
     def compute_loss(
         self,
@@ -267,12 +349,16 @@ class TreeTrainer(transformers.Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean loss of a batch of rows."""
+        if self._scoring is None:
+            self._settle()
         planned = self._plan_alone(inputs)
         mode = "train" if model.training else "eval"
+        passes = self._passes(planned, mode, together=self.sharding.parameters)
         with tree_attention(self._language_model, self.scoring):
             losses = [
-                self._micro_batch_loss(model, micro_batch, planned, mode)
-                for micro_batch in planned.micro_batches
+                self._micro_batch_loss(model, micro_batch, planned, kind)
+                * (0.0 if kind == "spare" else 1.0)
+                for micro_batch, kind in passes
             ]
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -334,8 +420,12 @@ class TreeTrainer(transformers.Trainer):
     def floating_point_ops(self, inputs: PlannedBatch) -> int:
         """Six a parameter and token fed, the usual estimate."""
         fed = sum(tree.n_tokens for batch in inputs.micro_batches for tree in batch.trees)
-        model = base_model(self._language_model)
-        return 6 * fed * int(model.num_parameters(exclude_embeddings=True))
+        return 6 * fed * n_parameters(base_model(self._language_model))
+
+
+def smallest(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
+    """The one that feeds the fewest tokens."""
+    return min(micro_batches, key=lambda m: sum(tree.n_tokens for tree in m.trees))
 
 
 def batch_rows(batch: Any) -> PreferenceRows:

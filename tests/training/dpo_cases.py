@@ -1,14 +1,11 @@
 """What the tests of the DPO trainer share: rows of token ids, a tiny model, a trainer of both.
 
-Also a script, which trains in one of several processes: see `test_dpo_trainer_processes.py`.
+Also a module of cases for `processes.run_cases`.
 """
 
 import copy
 import json
-import os
 import random
-import sys
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -16,7 +13,9 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt import DPOConfig, DPOTrainer
+from prefopt.training.sharding import whole_weights
 from tests.tiny_models import tiny_tokenizer
+from tests.training.processes import fork_cases
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -125,7 +124,8 @@ def trained(*args, **options):
 
 
 def weights(trainer):
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    """What trains, whole; all processes must call it."""
+    return whole_weights(trainer.model, lambda name, parameter: parameter.requires_grad)
 
 
 def metrics(trainer):
@@ -137,19 +137,14 @@ def metrics(trainer):
     ]
 
 
-def main(folder, settings):
-    """Two processes train, and the first saves what came out; the second's failure is its own."""
-    other = os.fork()  # after the imports, which take longer than to train
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
-    rows = pair_rows(14)
-    trainer = trained(folder / "run", rows, ddp_backend="gloo", **settings)
-    assert trainer.accelerator.num_processes == 2
-    assert trainer.accelerator.is_main_process == bool(other)
-    if other:
-        torch.save(weights(trainer), folder / "weights.pt")
+def train_case(folder, settings):
+    """Train, and write what came out; all processes do it together."""
+    trainer = trained(folder / "run", pair_rows(14), ddp_backend="gloo", **settings)
+    found = weights(trainer)
+    if trainer.is_world_process_zero():
+        torch.save(found, folder / "weights.pt")
         (folder / "metrics.json").write_text(json.dumps(metrics(trainer)))
-        assert os.waitpid(other, 0)[1] == 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    fork_cases(train_case)

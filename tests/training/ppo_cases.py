@@ -1,13 +1,10 @@
 """What the tests of the PPO trainer share: prompts, a reward that can be learned, a tiny trainer.
 
-Also a script, which trains in one of several processes: see `test_ppo_trainer_processes.py`.
+Also a module of cases for `processes.run_cases`.
 """
 
 import copy
 import json
-import os
-import sys
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -15,6 +12,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt import PPOConfig, PPOTrainer
+from tests.training.processes import fork_cases
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 N_SYMBOLS, END = 8, 7
@@ -109,16 +107,13 @@ def logged(trainer):
     ]
 
 
-def main(folder, settings):
-    """Two processes train, and the first saves what came out; the second's failure is its own."""
-    other = os.fork()  # after the imports, which take longer than to train
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
+def train_case(folder, settings):
+    """Train, and the first process writes what came out."""
     trainer = trained(folder / "run", ddp_backend="gloo", engine=ByPrompt(), **settings)
     assert trainer.accelerator.num_processes == 2
-    if other:
+    if trainer.is_world_process_zero():
         torch.save(weights(trainer), folder / "weights.pt")
         (folder / "logged.json").write_text(json.dumps(logged(trainer)))
-        assert os.waitpid(other, 0)[1] == 0
 
 
 class ByPrompt:
@@ -138,4 +133,4 @@ class ByPrompt:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    fork_cases(train_case)

@@ -1,60 +1,23 @@
-"""Two processes that add up their gradients give what one process gives.
+"""Two processes that add up their gradients give what one process gives."""
 
-`dpo_cases` is what they run: one that has imported the libraries, and one forked from it.
-"""
-
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.training.dpo_cases import metrics, pair_rows, trained, weights
+from tests.training.processes import run_cases
 
 ROWS = pair_rows(14)
 
 
-def in_two_processes(folder, settings):
-    """Train there; returns the first process's weights and metrics."""
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [
-        sys.executable, "-W", "ignore", "-m", "tests.training.dpo_cases", str(folder),
-        json.dumps(settings),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=300)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # both of them
-    assert process.returncode == 0, said
-    return torch.load(folder / "weights.pt"), json.loads((folder / "metrics.json").read_text())
-
-
-def free_port():
-    code = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
-    return int(subprocess.check_output([sys.executable, "-c", code]))
-
-
 def assert_same_training(folder, settings):
-    """Two processes of two rows each against one of four."""
+    """Two processes against one with the rows of both."""
     settings = {"train_sampling_strategy": "sequential", "max_steps": 3, **settings}
-    found, logged = in_two_processes(folder / "two", {"per_device_train_batch_size": 2, **settings})
+    two = {"per_device_train_batch_size": 2, **settings}
+    run_cases("tests.training.dpo_cases", folder, {"two": two})
+    found = torch.load(folder / "two" / "weights.pt")
+    logged = json.loads((folder / "two" / "metrics.json").read_text())
     alone = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     one = trained(folder / "one", ROWS, **{**settings, **alone})
     expected = weights(one)
