@@ -229,8 +229,8 @@ def render(
         "",
         f"Base and adapter together took {reports[0][2]:.0f} CPU seconds.",
         "",
-        "| task | items | base | could show a drop of | seconds a model |",
-        "|---|---|---|---|---|",
+        "| task | items | base | could show a drop of |",
+        "|---|---|---|---|",
     ]
     for scores in base:
         t = first[scores.task]
@@ -243,7 +243,7 @@ def render(
         ]
         size = min(others, default=0.0) if t.resolvable is None else t.resolvable
         shown = f"{100 * size:.1f} points" if t.is_share else f"{size:.3f}"
-        lines.append(f"| {t.title} | {t.n} | {value} | {shown} | {scores.seconds:.0f} |")
+        lines.append(f"| {t.title} | {t.n} | {value} | {shown} |")
     lines += ["", "| task | kind of item | items | base |", "|---|---|---|---|"]
     for scores in base:
         for kind, (n, mean) in by_kind(scores).items():
