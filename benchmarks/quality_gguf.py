@@ -36,19 +36,25 @@ from prefopt.models import (  # noqa: E402
     lora_config,
     wrap_with_adapter,
 )
-from prefopt.serving.gguf_file import GGUFFile, export_gguf, export_gguf_adapter  # noqa: E402
+from prefopt.serving.gguf_file import (  # noqa: E402
+    GGUFFile,
+    GGUFType,
+    export_gguf,
+    export_gguf_adapter,
+)
 from tests.serving.llama_cpp import LlamaServer, build  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-TYPES = ("f32", "f16", "bf16", "q8_0")
+TYPES: tuple[GGUFType, ...] = ("f32", "f16", "bf16", "q8_0")
+FILES = (*TYPES, "update")
 
 
 def draw_adapter(model: str, folder: Path) -> Path:
     """An rsLoRA adapter of rank 16 whose B is drawn."""
+    torch.manual_seed(0)  # A is drawn by PEFT
     wrapped = wrap_with_adapter(
         load_model(model).model, lora_config(LoRASettings(r=16, alpha=32.0, rslora=True))
     )
-    torch.manual_seed(0)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.004)
@@ -153,8 +159,13 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--only", nargs="+", choices=FILES, default=FILES)
     chosen = parser.parse_args()
-    results: dict[str, Any] = {"model": chosen.model, "build": build(), "files": {}}
+    RESULTS.mkdir(exist_ok=True)
+    kept = RESULTS / "quality_gguf.json"
+    results: dict[str, Any] = {"files": {}}
+    if kept.is_file() and set(chosen.only) != set(FILES):
+        results = json.loads(kept.read_text())  # the files measured before stay beside
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,
@@ -162,7 +173,8 @@ def main() -> None:
         text=True,
         check=False,
     )
-    results |= {"commit": commit.stdout.strip(), "versions": installed_versions()}
+    results |= {"model": chosen.model, "build": build(), "commit": commit.stdout.strip()}
+    results["versions"] = installed_versions()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         adapter = draw_adapter(chosen.model, folder / "adapter")
@@ -172,20 +184,20 @@ def main() -> None:
         def measure(label: str, made: GGUFFile, server: LlamaServer) -> None:
             theirs = compare(server, tuned, chosen.positions, chosen.prompts, chosen.tokens)
             results["files"][label] = {"file": json.loads(_encoded(made)), "llama_cpp": theirs}
+            kept.write_text(json.dumps(results, indent=2) + "\n")
+            (RESULTS / "quality_gguf.md").write_text(to_markdown(results))
             print(made, theirs, sep="\n", flush=True)
 
-        for type in TYPES:
+        for type in [type for type in TYPES if type in chosen.only]:
             path = folder / f"{type}.gguf"
             made = export_gguf(chosen.model, path, adapter=adapter, type=type)
             measure(f"merged, {type}", made, LlamaServer(path))
             path.unlink()
-        base = export_gguf(chosen.model, folder / "base.gguf", type="f32", check=False)
-        update = export_gguf_adapter(chosen.model, adapter, folder / "update.gguf", type="f32")
-        label = "base, f32, with the update as its own file"
-        measure(label, update, LlamaServer(base.path, lora=update.path))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quality_gguf.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "quality_gguf.md").write_text(to_markdown(results))
+        if "update" in chosen.only:
+            base = export_gguf(chosen.model, folder / "base.gguf", type="f32", check=False)
+            update = export_gguf_adapter(chosen.model, adapter, folder / "update.gguf", type="f32")
+            label = "base, f32, with the update as its own file"
+            measure(label, update, LlamaServer(base.path, lora=update.path))
     print(to_markdown(results))
 
 
