@@ -4,9 +4,10 @@
     python benchmarks/quality_forgetting.py --seeds 0 1 2 --runs runs/quality_forgetting
 
 Each seed runs the recipe in a process of its own, in a folder that is kept: a stopped benchmark goes
-on where it was. The verdict on a mitigation is over all seeds: it helped where the same task items or
-texts came out better than without it, by a paired test over the items' means over the seeds. The
-claims are checked and those that fail are named; the exit code is 1 then.
+on where it was, and `--collect` only reads what is finished. The verdict on a mitigation is over all
+seeds: it helped where the same task items or texts came out better than without it, by a paired test
+over the items' means over the seeds. The claims are checked and those that fail are named; the exit
+code is 1 then.
 """
 
 from __future__ import annotations
@@ -41,21 +42,33 @@ RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 15.0
 
 
-def run_recipe(seed: int, folder: Path) -> float:
-    """Run, or continue, the recipe with one seed; returns the CPU seconds of all its calls so far."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+class Work(msgspec.Struct):
+    """What a seed's runs took, and the commit at which the first one began."""
+
+    commit: str
+    cpu_seconds: float = 0.0
+
+
+def work_of(folder: Path) -> Work:
+    """What was noted beside a seed's folder."""
+    record = folder.with_name(f"{folder.name}_work.json")
+    if not record.exists():
+        return Work(commit())
+    return msgspec.json.decode(record.read_bytes(), type=Work)
+
+
+def run_recipe(seed: int, folder: Path) -> None:
+    """Run, or continue, the recipe with one seed, and note beside its folder what it took."""
+    work, before = work_of(folder), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, str(ROOT / "recipes" / "forgetting.py"),
          "--out", str(folder), "--seed", str(seed)],
         check=False, cwd=ROOT, env={**os.environ, "TQDM_DISABLE": "1"},
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    record = folder.with_name(f"{folder.name}_cpu_seconds.json")
-    seconds: float = json.loads(record.read_text()) if record.exists() else 0.0
-    seconds += (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
-    record.write_text(json.dumps(seconds))
+    work.cpu_seconds += (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+    folder.with_name(f"{folder.name}_work.json").write_bytes(msgspec.json.encode(work))
     done.check_returncode()
-    return seconds
 
 
 def outcomes_of(folder: Path) -> list[MitigationOutcome]:
@@ -157,12 +170,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality_forgetting")
+    parser.add_argument("--collect", action="store_true", help="only read finished runs")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     folders, minutes = [], []
     for seed in options.seeds:
         folder = options.runs / f"seed{seed}"
-        minutes.append(run_recipe(seed, folder) / 60)
+        if not options.collect:
+            run_recipe(seed, folder)
+        minutes.append(work_of(folder).cpu_seconds / 60)
         folders.append(folder)
     import torch
     import transformers
@@ -177,7 +193,7 @@ def main() -> int:
     ]
     result = {
         "command": "python benchmarks/quality_forgetting.py",
-        "commit": commit(),
+        "commit": ", ".join(sorted({work_of(folder).commit for folder in folders})),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -151,8 +151,9 @@ def forgetting_figure(runs: Sequence[Sequence[MitigationOutcome]]) -> Figure:
             if len(runs) > 1:
                 panel.plot(xs, ys, ".", alpha=0.4, markersize=5, **look)
             panel.plot(*middle, "s" if number == 0 else "o", markersize=8, **look)
+            offset = ((7, 4), (7, -11), (7, 11))[number % 3]  # ways that end close to each other
             panel.annotate(
-                several[0].name, middle, textcoords="offset points", xytext=(7, 4), fontsize=8
+                several[0].name, middle, textcoords="offset points", xytext=offset, fontsize=8
             )
         panel.axvline(0, color="#59636e", linewidth=0.8)
         panel.set_xlabel(f"{task.title}: lost ({'points' if task.is_share else '%'})")
