@@ -23,6 +23,11 @@ def shards() -> bool:
     )
 
 
+def shards_in_bfloat16() -> bool:
+    """Whether what is sharded is multiplied in bfloat16."""
+    return shards() and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+
+
 def rows_of_each(batch_size: int) -> int:
     """A process's share of the rows of an optimiser step, so that the step is what it is alone.
 

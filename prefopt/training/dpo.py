@@ -22,7 +22,13 @@ import msgspec
 from prefopt.chat import tokenize_preference
 from prefopt.data.rows import Source
 from prefopt.errors import DataError, ModelError
-from prefopt.launched import is_first_process, refuse_processes, rows_of_each, shards
+from prefopt.launched import (
+    is_first_process,
+    refuse_processes,
+    rows_of_each,
+    shards,
+    shards_in_bfloat16,
+)
 from prefopt.models import (
     Device,
     DType,
@@ -391,7 +397,7 @@ def _make_trainer(
         logging_steps=max(1, int(steps / 200)),
         logging_first_step=True,
         seed=settings.seed,
-        bf16=False,
+        bf16=shards_in_bfloat16(),
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,

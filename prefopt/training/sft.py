@@ -24,7 +24,13 @@ from prefopt.data.demonstrations import Demonstration, load_demonstrations, mix_
 from prefopt.data.general import OWN_ANSWERS, refuse_measured
 from prefopt.data.rows import Source
 from prefopt.errors import DataError, ModelError
-from prefopt.launched import is_first_process, refuse_processes, rows_of_each, shards
+from prefopt.launched import (
+    is_first_process,
+    refuse_processes,
+    rows_of_each,
+    shards,
+    shards_in_bfloat16,
+)
 from prefopt.models import (
     Device,
     DType,
@@ -372,7 +378,7 @@ def _make_trainer(
         logging_steps=every,
         logging_first_step=True,
         seed=settings.seed,
-        bf16=mixed and torch.cuda.is_bf16_supported(),
+        bf16=shards_in_bfloat16() or (mixed and torch.cuda.is_bf16_supported()),
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,

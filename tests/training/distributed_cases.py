@@ -8,12 +8,15 @@ import trl
 from datasets import Dataset
 
 from prefopt import RewardConfig, RewardTrainer
+from prefopt.models import LoRASettings
+from prefopt.training.dpo import DPOSettings, train_dpo
 from prefopt.training.sft_trainer import SFTTrainer, token_columns
 from prefopt.training.sharding import holds_parts
 from prefopt.training.token_rows import TokenRow
 from tests.tiny_models import tiny_tokenizer
 from tests.training import dpo_cases
 from tests.training.processes import fork_cases
+from tests.training.test_dpo import groups
 
 SETTINGS = {
     "train_sampling_strategy": "sequential", "max_steps": 4, "logging_steps": 1, "seed": 1,
@@ -58,6 +61,9 @@ def train_case(folder, settings):
 
     `resume` names the checkpoint to go on from, `sharded` says whether weights must be.
     """
+    if settings.get("method") == "flow":
+        run_flow(folder, settings["model"])
+        return
     resume, sharded = settings.pop("resume", None), settings.pop("sharded", False)
     if "RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
@@ -69,6 +75,16 @@ def train_case(folder, settings):
         torch.save(found, folder / "weights.pt")
         (folder / "metrics.json").write_text(json.dumps(dpo_cases.metrics(trainer)))
     trainer.save_model(str(folder / "saved"))
+
+
+def run_flow(folder, model):
+    """What `prefopt train dpo` calls, with a batch that the processes share."""
+    settings = DPOSettings(learning_rate=1e-2, batch_size=4, max_length=128, checkpoint_every=1)
+    lora = LoRASettings(r=4, alpha=8)
+    result = train_dpo(groups(14), model, folder / "adapter", settings=settings, lora=lora)
+    (folder / f"points{os.environ.get('RANK', '')}.json").write_text(
+        json.dumps([(point.loss, point.margin) for point in result.points])
+    )
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def _in_process(train, folder, settings, recipe, rank, n, port):
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
                 "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-            set_launch_environment(recipe or "ddp", n)
+            set_launch_environment(recipe or "ddp", n, settings.pop("mixed_precision", "no"))
         train(folder, settings)
         status = 0
     except BaseException:
@@ -106,15 +106,22 @@ def _in_process(train, folder, settings, recipe, rank, n, port):
         os._exit(status)
 
 
-def set_launch_environment(recipe, n):
+def set_launch_environment(recipe, n, mixed_precision="no"):
     """What `accelerate launch --config_file recipes/accelerate/<recipe>.yaml` tells its processes.
 
-    The very file, but for the number of processes, float32 and the CPU.
+    The very file, but for the number of processes, the precision and the CPU.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    flags = ["--num_processes", str(n), "--mixed_precision", "no", "--main_process_port", "0"]
+    flags = [
+        "--num_processes",
+        str(n),
+        "--mixed_precision",
+        mixed_precision,
+        "--main_process_port",
+        "0",
+    ]
     config = ["--config_file", str(RECIPES / f"{recipe}.yaml")]
     args = launch_command_parser().parse_args([*config, *flags, "none.py"])
     args, defaults, _ = _validate_launch_command(args)
@@ -138,6 +145,7 @@ def set_launch_environment(recipe, n):
 def _take_cpus_for_gpus():
     """accelerate shards on GPUs only, though PyTorch and DeepSpeed do on CPUs too, over gloo."""
     import torch
+    import transformers.training_args
     from accelerate.state import DistributedType, PartialState
 
     def set_device(state):
@@ -145,3 +153,4 @@ def _take_cpus_for_gpus():
 
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = set_device
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True

@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from prefopt.training.sharding import counted_once, sharding_of
 from tests.training.processes import RECIPES, run_cases
@@ -125,6 +126,25 @@ def test_dpo_in_shares_in_further_settings(more, recipe, tmp_path, monkeypatch):
     cases = {"one": one, "two": settings_of("dpo", "lora", recipe) | more}
     run_cases(MODULE, tmp_path, cases)
     assert_same(tmp_path, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_the_training_function_in_two_processes(recipe, tiny_model, tmp_path):
+    """The same adapter with the same files, told and drawn once; both know the result."""
+    one = {"method": "flow", "model": str(tiny_model), "processes": 1}
+    two = {"method": "flow", "model": str(tiny_model), "recipe": recipe}
+    run_cases(MODULE, tmp_path, {"one": one, "two": two})
+    folders = [tmp_path / name / "adapter" for name in ("one", "two")]
+    assert {f.name for f in folders[0].iterdir()} == {f.name for f in folders[1].iterdir()}
+    assert not (tmp_path / "two" / "adapter.checkpoints").exists()
+    expected, found = (load_file(f / "adapter_model.safetensors") for f in folders)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-5 * max(float(value.norm()), 1e-3), name
+    points = [(tmp_path / "two" / f"points{rank}.json").read_text() for rank in (0, 1)]
+    assert points[0] == points[1]
+    assert "training (DPO)" in (tmp_path / "two" / "said0.txt").read_text()
+    assert "training (DPO)" not in (tmp_path / "two" / "said1.txt").read_text()
 
 
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2", "zero2", "zero3"])
