@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,15 +286,3 @@ def test_arguments_that_exclude_each_other_are_refused(tmp_path):
         RewardTrainer(reward, peft_config=LORA, **arguments)
     with pytest.raises(TypeError, match="must be a RewardConfig"):
         RewardTrainer(reward, args=3, train_dataset=Dataset.from_list(PAIRS))
-
-
-def test_rows_that_fill_up_the_last_batch_of_a_process_are_not_counted(tmp_path):
-    """Two processes, batches of four, twelve rows: the second one's last batch repeats the first."""
-    trainer = make_trainer(tmp_path, PAIRS, eval_rows=PAIRS)
-    rows = RowCollator()(PAIRS[:4]).rows
-    for process, at_end, kept in ((0, True, 4), (1, True, 0), (1, False, 4)):
-        state = SimpleNamespace(end_of_dataloader=at_end, remainder=4)
-        trainer.accelerator = SimpleNamespace(
-            num_processes=2, process_index=process, gradient_state=state
-        )
-        assert len(trainer._rows_counted_once(rows)) == kept
