@@ -45,6 +45,7 @@ _RUNTIME_BYTES = {True: 0.9e9, False: 0.75e9}
 # Of what is allocated and freed during a step, how much more the allocator holds: assumed for CUDA,
 # and for glibc as benchmarks/quality_plan.py measured it.
 _FRAGMENTATION = {True: 0.05, False: 0.45}
+_MOST_TRACED_ROWS = 32
 _SAMPLE = 2000  # prompts of a file that are tokenized
 
 
@@ -84,6 +85,7 @@ class PlanConfig:
         rollouts: ppo's rollout batches.
         gpus: 8xH100-80GB, 4x48GB (any GPU of that memory), cpu, cpu-64GB, or auto for this machine.
         strategy: how several GPUs share the work: ddp, fsdp2, zero2 or zero3.
+        suggest: work out the largest micro-batch that fits, and what helps where nothing does.
         measure: measure this machine's rate on a few layers of the model (seconds to a minute), where
             it is this machine that is planned for. Without it there is no time for a CPU.
         utilisation: share of a GPU's rate, as its vendor states it, that is assumed; None takes 0.4.
@@ -114,6 +116,7 @@ class PlanConfig:
     rollouts: int = 100
     gpus: str = "auto"
     strategy: Strategy = "ddp"
+    suggest: bool = True
     measure: bool = True
     utilisation: float | None = None
     usd_per_gpu_hour: float | None = None
@@ -208,7 +211,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="p
     peak_bytes: float
     step_bytes: float
     capacity_bytes: float
-    largest_micro_batch_tokens: int
+    largest_micro_batch_tokens: int | None
     changes: tuple[Change, ...]
     time: TimePlan | None
     remarks: tuple[str, ...]
@@ -453,24 +456,32 @@ class _Planner:
             peak_bytes=peak,
             step_bytes=_above_weights(parts),
             capacity_bytes=devices.memory_bytes,
-            largest_micro_batch_tokens=self._largest(config, rows, peak),
-            changes=() if fits else tuple(self._changes(peak)),
+            largest_micro_batch_tokens=self._largest(config) if config.suggest else None,
+            changes=() if fits or not config.suggest else tuple(self._changes(peak)),
             time=self._time(rows),
             remarks=tuple(self.remarks),
         )
 
-    def _largest(self, config: PlanConfig, rows: Sequence[RowSize], peak: float) -> int:
-        """Tokens of the largest micro-batch of the usual row that fits: memory grows in a line."""
-        usual = _usual(self.rows)
+    def _largest(self, config: PlanConfig) -> int:
+        """Tokens of the largest micro-batch of usual rows that fits; memory is a line in pieces."""
+        usual, capacity = _usual(self.rows), self.devices.memory_bytes
         fed = _fed(usual)
-        few, many = (max(1, round(t / fed)) for t in (1024, 4096))
-        many = max(many, few + 1)
-        low, high = (sum(p.n_bytes for p in self._parts(config, [usual] * n)) for n in (few, many))
-        a_row = (high - low) / (many - few)
-        if a_row <= 0:
-            return 0
-        n_rows = few + (self.devices.memory_bytes - low) / a_row
-        return max(0, math.floor(n_rows) * fed)
+
+        def point(n: int) -> tuple[int, float]:
+            return n, sum(part.n_bytes for part in self._parts(config, [usual] * n))
+
+        # On a CPU each row is attended to by itself, so many short ones take long to trace.
+        most = 10**9 if self.devices.is_gpu else _MOST_TRACED_ROWS
+        few = max(1, min(round(1024 / fed), most // 4))
+        points = [point(few), point(max(few + 1, min(round(4096 / fed), most)))]
+        while True:
+            (a, low), (b, high) = points[-2:]
+            slope = (high - low) / (b - a)
+            n = math.floor(b + (capacity - high) / slope) if slope > 0 else 0
+            # Where the line led, its next piece is looked for, once or twice.
+            if n < 1 or n in (a, b) or n > most or len(points) == 4:
+                return max(0, n) * fed
+            points.append(point(n))
 
     def _changes(self, peak: float) -> Iterator[Change]:
         """What would help, the mildest first."""
@@ -792,7 +803,7 @@ def _text(found: Plan) -> Iterator[str]:
     yield (
         f"Micro-batches of {found.micro_batch_tokens:,} tokens; the fullest feeds "
         f"{found.fullest_micro_batch:,}. {_largest_said(found)}"
-    )
+    ).rstrip()
     if found.changes:
         yield ""
         yield "What would help                                          peak, GB   less, GB"
@@ -802,7 +813,7 @@ def _text(found: Plan) -> Iterator[str]:
                 f"  {change.setting:<55}{change.peak_bytes / 1e9:8.2f}"
                 f"{change.saves_bytes / 1e9:11.2f}  {mark:<5}{change.remark}"
             ).rstrip()
-    elif not found.fits:
+    elif not found.fits and found.largest_micro_batch_tokens is not None:
         yield "No single setting makes it fit: take a smaller model, shorter rows or more memory."
     if found.time is not None:
         yield ""
@@ -813,6 +824,8 @@ def _text(found: Plan) -> Iterator[str]:
 
 def _largest_said(found: Plan) -> str:
     most = found.largest_micro_batch_tokens
+    if most is None:
+        return ""
     if most == 0:
         return "Not even one row of the usual length fits."
     return f"Up to about {most:,} would fit."

@@ -1,5 +1,6 @@
 """Plans: what they are made of, what they recommend, what they refuse, and the command."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -9,14 +10,24 @@ import pytest
 from prefopt.cli import main
 from prefopt.errors import DataError, ModelError
 from prefopt.models import LoRASettings
-from prefopt.plan import Plan, PlanConfig, plan_training
+from prefopt.plan import Plan, PlanConfig
+from prefopt.plan import plan_training as plan_anew
 from prefopt.plan_model import ModelShape
 from tests.tiny_models import save_tiny_model
 
 SHAPE = ModelShape("3M", layers=1, hidden_size=128, heads=4, kv_heads=2, vocab_size=1000)
 SMALL = PlanConfig(
-    shape=SHAPE, gpus="H100-80GB", rows=100, prompt_tokens=50, answer_tokens=30, batch_size=8
+    shape=SHAPE,
+    gpus="H100-80GB",
+    rows=100,
+    prompt_tokens=50,
+    answer_tokens=30,
+    batch_size=8,
+    suggest=False,
 )
+
+
+plan_training = functools.cache(plan_anew)  # configurations and plans never change
 
 
 def parts(plan):
@@ -38,17 +49,20 @@ def test_the_parts_add_up_to_the_peak(small):
 
 
 def test_the_largest_micro_batch_that_is_said_to_fit_does(small):
-    memory = 3e9
-    tight = replace(SMALL, gpus="3GB", rows=5000, batch_size=5000)
-    most = plan_training(replace(tight, micro_batch_tokens=1000)).largest_micro_batch_tokens
+    memory = 2e9
+    tight = replace(SMALL, gpus="2GB", rows=1000, batch_size=1000, answer_tokens=300)
+    asked = replace(tight, micro_batch_tokens=1000, suggest=True)
+    most = plan_training(asked).largest_micro_batch_tokens
     at = plan_training(replace(tight, micro_batch_tokens=most))
     above = plan_training(replace(tight, micro_batch_tokens=round(1.1 * most)))
     assert at.peak_bytes <= memory < above.peak_bytes
-    assert small.largest_micro_batch_tokens > most
+    assert small.largest_micro_batch_tokens is None
 
 
 def test_what_does_not_fit_comes_with_what_would_help():
-    plan = plan_training(replace(SMALL, gpus="1GB", batch_size=100, tune="full"))
+    shape = replace(SHAPE, layers=3)
+    asked = replace(SMALL, shape=shape, gpus="1GB", batch_size=100, tune="full", suggest=True)
+    plan = plan_training(asked)
     assert not plan.fits
     changed = {change.setting: change for change in plan.changes}
     assert {"gradient_checkpointing=true", "tune=lora", "optimizer=adamw_8bit"} <= set(changed)
@@ -57,9 +71,7 @@ def test_what_does_not_fit_comes_with_what_would_help():
         assert change.peak_bytes + change.saves_bytes == pytest.approx(plan.peak_bytes)
         assert change.fits == (change.peak_bytes <= 1e9)
     # The promise is that of a plan with that setting.
-    again = plan_training(
-        replace(SMALL, gpus="1GB", batch_size=100, tune="full", gradient_checkpointing=True)
-    )
+    again = plan_training(replace(asked, suggest=False, gradient_checkpointing=True))
     assert again.peak_bytes == changed["gradient_checkpointing=true"].peak_bytes
     assert "DOES NOT FIT" in plan.to_text()
 
@@ -146,7 +158,7 @@ def test_lengths_come_from_a_file(tmp_path):
     ]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = PlanConfig(model=folder, data=str(data), gpus="cpu-2GB", batch_size=4)
+    config = PlanConfig(model=folder, data=str(data), gpus="cpu-2GB", batch_size=4, suggest=False)
     plan = plan_training(config)
     assert plan.time is None
     assert plan.fullest_micro_batch > 50
@@ -161,13 +173,15 @@ def test_demonstrations_are_read_for_sft(tmp_path):
     folder = save_tiny_model(tmp_path / "tiny", context=256)
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "Wie heißt du? 名前は", "completion": " Ich heiße Anna."}\n' * 3)
-    plan = plan_training(PlanConfig(model=folder, method="sft", data=str(data), gpus="cpu-2GB"))
+    plan = plan_training(
+        PlanConfig(model=folder, method="sft", data=str(data), gpus="cpu-2GB", suggest=False)
+    )
     assert plan.fullest_micro_batch > 10
 
 
 def test_longer_than_the_model_was_made_for_is_said(tmp_path):
     folder = save_tiny_model(tmp_path / "tiny", context=64)
-    plan = plan_training(PlanConfig(model=folder, gpus="cpu-2GB"))
+    plan = plan_training(PlanConfig(model=folder, gpus="cpu-2GB", suggest=False))
     assert any("made for 64" in remark for remark in plan.remarks)
 
 
@@ -213,5 +227,5 @@ def test_the_command_refuses_in_one_line(capsys):
 
 
 def test_an_adapter_of_chosen_layers_is_smaller(small):
-    one = plan_training(replace(SMALL, lora=LoRASettings(target_modules=["q_proj"])))
+    one = plan_anew(replace(SMALL, lora=LoRASettings(target_modules=["q_proj"])))
     assert one.n_trained < small.n_trained / 4
