@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from prefopt.models import merge_adapter as merge_adapter
     from prefopt.online_flow import OnlineConfig as OnlineConfig
     from prefopt.online_flow import run_online_flow as run_online_flow
-    from prefopt.plan import PlanConfig as PlanConfig
     from prefopt.plan import plan_training as plan_training
+    from prefopt.plan_config import PlanConfig as PlanConfig
     from prefopt.preferences import build_preferences as build_preferences
     from prefopt.preferences import pair_candidates as pair_candidates
     from prefopt.sampling.api_sampler import AnthropicSampler as AnthropicSampler
@@ -145,7 +145,7 @@ _HOMES = {
     "LoRASettings": "models",
     "load_model": "models",
     "merge_adapter": "models",
-    "PlanConfig": "plan",
+    "PlanConfig": "plan_config",
     "plan_training": "plan",
     "build_preferences": "preferences",
     "pair_candidates": "preferences",

@@ -26,7 +26,7 @@ from prefopt.label_job import LabelConfig
 from prefopt.launched import is_first_process
 from prefopt.models import BaseQuantization, Device, DType, LoRASettings
 from prefopt.online_flow import OnlineConfig, run_online_flow
-from prefopt.plan import PlanConfig
+from prefopt.plan_config import PlanConfig
 from prefopt.sampling.candidates import SamplingSettings
 from prefopt.serving.gguf_file import GGUFType
 from prefopt.training.dpo import DPOSettings

@@ -78,7 +78,14 @@ def test_dependencies_point_one_way(path):
              "evaluation": 4, "label_job": 4, "flow_stages": 4, "flow": 5, "online_flow": 6,
              "serving": 5,
              "classic_flow": 5, "forgetting_flow": 5, "cli": 7, "__main__": 8}  # fmt: skip
-    ranks |= {"plan": 4, "plan_hardware": 0, "plan_model": 3, "plan_memory": 4, "plan_time": 4}
+    ranks |= {
+        "plan": 4,
+        "plan_config": 4,
+        "plan_hardware": 0,
+        "plan_model": 3,
+        "plan_memory": 4,
+        "plan_time": 4,
+    }
     ranks |= dict.fromkeys(MATH_SIDE, 0)
     # Counting wins needs the types only, so that training may report a win rate too.
     ranks["evaluation.win_rate"] = 1

@@ -10,8 +10,9 @@ import pytest
 from prefopt.cli import main
 from prefopt.errors import DataError, ModelError
 from prefopt.models import LoRASettings
-from prefopt.plan import Plan, PlanConfig
+from prefopt.plan import Plan
 from prefopt.plan import plan_training as plan_anew
+from prefopt.plan_config import PlanConfig
 from prefopt.plan_model import ModelShape
 from tests.tiny_models import save_tiny_model
 
