@@ -93,11 +93,11 @@ def test_weights_gradients_and_adapters_by_hand():
 
 
 def test_more_layers_are_what_three_and_five_promise(monkeypatch):
-    config = with_layers(LlamaConfig(**{**SHAPE, "num_hidden_layers": 9}), 9)
+    config = with_layers(LlamaConfig(**{**SHAPE, "num_hidden_layers": 7}), 7)
     for how in (StepSettings(lora=LORA), StepSettings(accumulates=False)):
         by_line = step_memory(config, trees(), how)
         with monkeypatch.context() as patch:
-            patch.setattr(prefopt.plan_memory, "_DEEP", 9)
+            patch.setattr(prefopt.plan_memory, "_DEEP", 7)
             traced = step_memory(config, trees(), how)
         assert by_line.n_trained == traced.n_trained
         assert by_line.kept == pytest.approx(traced.kept)
@@ -109,7 +109,7 @@ def peak(tokens=200, **options):
     return step_memory(LLAMA, tree, StepSettings(**{"lora": LORA, **options})).peak_bytes
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(130, 600), st.integers(1, 400))
 def test_more_tokens_take_more(tokens, more):
     assert peak(tokens) < peak(tokens + more)
@@ -131,7 +131,7 @@ def test_long_contexts_grow_in_a_line():
         step_memory(
             LLAMA, [AnswerTree((1,) * n, ((2,) * (n // 4),) * 2)], StepSettings(lora=LORA)
         ).kept["attention"]
-        for n in (2000, 32000)
+        for n in (1000, 16000)
     )
     assert long == pytest.approx(16 * short, rel=0.01)
 
@@ -154,6 +154,7 @@ def test_four_bit_layers_keep_nothing_of_their_weights():
     assert small.kept["MLP"] == plain.kept["MLP"]
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
 def test_other_families_can_be_counted():
     config = Qwen3Config(**SHAPE, head_dim=8)
     assert step_memory(config, trees(), StepSettings(lora=LORA)).peak_bytes > 0
