@@ -10,14 +10,18 @@ bootstrap that draws whole prompts. PPI++: Angelopoulos, Duchi and Zrnic 2023, a
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from prefopt.types import JudgedComparison, Winner
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CLASSES: tuple[Winner, ...] = ("a", "tie", "b")
 FEW_LABELS = 200
@@ -94,7 +98,7 @@ def wilson(k: float, n: int) -> Interval | None:
     z = 1.959963984540054
     p = k / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Interval(float(p), float(max(centre - half, 0)), float(min(centre + half, 1)), n)
 
 
@@ -103,6 +107,8 @@ def cohen_kappa(table: NDArray[np.float64]) -> np.float64 | NDArray[np.float64]:
 
     (..., C, C) gives one kappa for each table.
     """
+    import numpy as np
+
     total = table.sum(axis=(-1, -2))
     observed = np.trace(table, axis1=-2, axis2=-1) / total
     chance = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1) / total**2
@@ -113,6 +119,8 @@ def cohen_kappa(table: NDArray[np.float64]) -> np.float64 | NDArray[np.float64]:
 
 def gwet_ac1(table: NDArray[np.float64]) -> float | None:
     """Gwet's AC1 of a square table of counts; None for an empty table."""
+    import numpy as np
+
     total = table.sum()
     if total == 0:
         return None
@@ -142,6 +150,8 @@ def measure_agreement(
     Raises:
         ValueError: not one label a comparison, or none at all.
     """
+    import numpy as np
+
     if len(judged) != len(labels) or not judged:
         raise ValueError(
             f"expected one label for each of the comparisons, got {len(labels)} for {len(judged)}."
@@ -214,6 +224,8 @@ def _kappas(
     rows: Sequence[tuple[int, int, JudgedComparison]], seed: int
 ) -> tuple[Interval | None, Interval | None]:
     """Kappa over all answered pairs and over those both decide, whole prompts drawn again."""
+    import numpy as np
+
     prompts: dict[str, int] = {}
     for _, _, item in rows:
         prompts.setdefault(item.comparison.prompt.prompt_id, len(prompts))
@@ -333,6 +345,8 @@ def corrected_rate(
     Raises:
         ValueError: fewer than two labelled pairs, none unlabelled, or different lengths.
     """
+    import numpy as np
+
     f_all, f, y = (np.asarray(x, dtype=np.float64) for x in (judge_all, judge_labelled, labels))
     if len(f) != len(y) or len(y) < 2 or len(f_all) < 1:
         raise ValueError(
