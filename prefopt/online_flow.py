@@ -147,8 +147,11 @@ def run_online_flow(
         RunError: the folder holds another run, is in use, or was changed from outside.
     """
     from prefopt.data.general import OWN_ANSWERS, load_general
+    from prefopt.evaluation.capabilities import check_tasks
 
     inputs = checked_inputs(config)
+    if config.capabilities != "none":
+        check_tasks(config.capabilities, inputs.judge)
     general: Any = config.dpo.replay
     if general is not None and general != OWN_ANSWERS:
         general = load_general(general, held_out=inputs.held_out)
@@ -347,12 +350,14 @@ class _Rounds:
             depends_on={
                 "adapter": run.sha256_of("adapter"),
                 "results": [run.sha256_of(f"round{r.round}_result") for r in self._results],
+                "capabilities": self._config.capabilities,
             },
         )
         return msgspec.json.decode((folder / "report.json").read_bytes(), type=EvalReport)
 
     def _write_report(self, best: int, adapter: Path, folder: Path) -> None:
         from prefopt.data.records import read_records
+        from prefopt.evaluation.capabilities import measure_capabilities
         from prefopt.evaluation.eval_report import build_report, write_report
         from prefopt.evaluation.evaluate import measure_forgetting, training_curve
         from prefopt.models import load_model
@@ -361,6 +366,12 @@ class _Rounds:
 
         config, judge, points = self._config, self._inputs.judge, load_training_log(adapter)
         tuned = load_model(config.model, adapter=adapter, device=config.device)
+        kept = None
+        if config.capabilities != "none":
+            kept = measure_capabilities(
+                tuned, tasks=config.capabilities, judge=judge, seed=config.seed,
+                progress=self._progress, out=self._run.folder / ".partial" / "capabilities",
+            )  # fmt: skip
         report = build_report(
             read_records(self._run.folder / f"round{best}_over_base.jsonl", JudgedComparison),
             title="DPO in rounds against its base model",
@@ -376,6 +387,7 @@ class _Rounds:
             seeds={"run": config.seed},
             details={f"round {r.round}": str(r).partition(": ")[2] for r in self._results},
             shift=self._results[best - 1].shift,
+            capabilities=kept,
             frontier=_frontier(self._results, best),
             **measure_forgetting(tuned)._asdict(),
         )

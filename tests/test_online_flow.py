@@ -6,7 +6,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from prefopt.errors import JudgeUnavailable
+from prefopt.errors import DataError, JudgeUnavailable
 from prefopt.evaluation.model_figures import Mean, PolicyShift
 from prefopt.evaluation.win_rate import win_rate
 from prefopt.models import LoRASettings
@@ -223,6 +223,20 @@ def test_which_round_is_the_result():
     assert best_round([ended(1, ""), ended(2, "all rounds done")]) == 2
     assert best_round([ended(1, ""), ended(2, "no gain over the round before: 40%")]) == 1
     assert best_round([ended(1, "no gain over the round before: 40%")]) == 1
+
+
+def test_tasks_to_be_kept_are_measured_or_refused_before_work(tiny_model, prompt_file, tmp_path):
+    asked = config(
+        tmp_path / "run", tiny_model, prompt_file, rounds=1, capabilities="prefopt_plain_text"
+    )
+    report = run_online_flow(asked, progress=False)
+    assert [task.task for task in report.capabilities.tasks] == ["prefopt_plain_text"]
+    with pytest.raises(DataError, match="prefopt_plain"):
+        run_online_flow(
+            replace(asked, out=str(tmp_path / "other"), capabilities="prefopt_plain_tex"),
+            progress=False,
+        )
+    assert not (tmp_path / "other").exists()
 
 
 def test_bad_settings_are_told_all_at_once():
