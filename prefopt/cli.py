@@ -422,7 +422,8 @@ def evaluate(
         max_drop: the drop of a task's score, a fraction, that the gate lets pass.
         beta: of DPO or PPO, to give implicit rewards beside log-ratios.
         gate: exit with code 3 where the tuned model is shown to be worse, a task is shown to have
-            dropped by more than --max_drop, or --min_win_rate is not reached.
+            dropped by more than --max_drop or could not be measured, or --min_win_rate is not
+            reached.
         min_win_rate: for the gate: a fraction that the lower end of the win rate's 95 % interval must
             reach; 0.5 asks for a difference that is shown.
         sampling: how the answers are sampled.
@@ -1041,7 +1042,7 @@ Evaluations over time, in one file.
 
 _GATE = (
     "exit with code 3 where the tuned model is shown to be worse, a task is shown to have dropped by "
-    "more than --max_drop, or --min_win_rate is not reached"
+    "more than --max_drop or could not be measured, or --min_win_rate is not reached"
 )
 
 

@@ -14,8 +14,8 @@ def gate_failures(report: EvalReport, *, min_win_rate: float | None = None) -> l
     """Why a report does not pass.
 
     It does not where the tuned model is shown to be worse (the whole interval of the win rate below
-    50 %), where a capability dropped by more than its report's `max_drop`, and where the lower end of
-    the win rate's interval is below `min_win_rate`.
+    50 %), where a capability dropped by more than its report's `max_drop` or could not be measured,
+    and where the lower end of the win rate's interval is below `min_win_rate`.
 
     Args:
         report: an evaluation.
@@ -38,7 +38,8 @@ def gate_failures(report: EvalReport, *, min_win_rate: float | None = None) -> l
             f"the win rate {said} is not shown to reach {percent(min_win_rate)} on "
             f"{rate.n_prompts:,} prompts"
         )
-    if report.capabilities is not None and not report.capabilities.passed:
+    if report.capabilities is not None:
+        found += [f"a task was not measured: {reason}" for reason in report.capabilities.left_out]
         found += [
             f"{task.title} dropped from {task_value(task, task.base)} to "
             f"{task_value(task, task.tuned)} on {task.n:,} items (p = {task.p_value:.2g})"

@@ -688,7 +688,8 @@ def test_the_gate_fails_for_a_worse_model_a_lost_skill_and_a_rate_that_is_not_sh
     assert "not shown to reach 90 %" in short
     (worse,) = gate_failures(build_report(results(win=2, loss=30)), min_win_rate=0.5)
     assert worse.startswith("the tuned model is worse")
-    (lost,) = gate_failures(msgspec.structs.replace(good, capabilities=capabilities()))
+    missing, lost = gate_failures(msgspec.structs.replace(good, capabilities=capabilities()))
+    assert missing == "a task was not measured: arc: no hub"
     assert lost.startswith("Arithmetic dropped from 60 % to 40 % on 100 items")
     with pytest.raises(ValueError, match="between 0 and 1"):
         gate_failures(good, min_win_rate=70)
