@@ -32,9 +32,12 @@ if TYPE_CHECKING:
 # in 8 bits with a scale for each 256 (Dettmers et al. 2022, arXiv:2110.02861); paged ones lie in the
 # host.
 _STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0, "sgd": 0.0}
-# NF4: half a byte and a float32 for each 64 weights, or that in 8 bits (Dettmers et al. 2023,
+# NF4 and FP4: half a byte and a float32 for each 64 weights, or that in 8 bits (Dettmers et al. 2023,
 # arXiv:2305.14314, section 3).
-_QUANTISED_BYTES = {"4bit": 0.5 + 4 / 64, "4bit_double": 0.5 + 1 / 64 + 4 / (64 * 256)}
+_FOUR_BIT_BYTES = {
+    False: 0.5 + 4 / 64,
+    True: 0.5 + 1 / 64 + 4 / (64 * 256),
+}  # by double quantisation
 _MICRO_BATCH_TOKENS = {False: 512, True: 16384}  # on a CPU, on a GPU: the trainers' defaults
 _GENERATED_AT_ONCE = 256  # answers, as the rollout engine does
 
@@ -198,7 +201,7 @@ class _Planner:
             lora=config.lora if config.tune == "lora" else None,
             gradient_checkpointing=config.gradient_checkpointing,
             activation_offloading=config.activation_offloading,
-            quantised=config.quantise != "none",
+            quantised=config.lora.quantization != "none",
             on_gpu=self.devices.is_gpu,
             accumulates=in_step > budget or config.method == "ppo",
         )
@@ -226,8 +229,9 @@ class _Planner:
         base = peak.pop("weights", 0.0)
         width = base / facts.n_parameters  # of a weight, in bytes
         remark = f"{facts.n_parameters:,} in {_dtype(config, devices)}"
-        if config.quantise != "none":
-            base -= facts.n_linear * (width - _QUANTISED_BYTES[config.quantise])
+        if config.lora.quantization != "none":
+            packed = _FOUR_BIT_BYTES[config.lora.quantization.endswith("-double")]
+            base -= facts.n_linear * (width - packed)
             remark = f"{facts.n_linear:,} of {facts.n_parameters:,} in 4 bits"
         copies = _copies(config)
         shards_weights = n if strategy in ("fsdp2", "zero3") else 1
@@ -582,12 +586,13 @@ def _milder(config: PlanConfig, devices: Devices) -> Iterator[tuple[str, PlanCon
         if config.optimizer == "adamw":
             yield "optimizer=adamw_8bit", replace(config, optimizer="adamw_8bit"), ""
         yield "tune=lora", replace(config, tune="lora"), "trains an adapter instead"
-    elif config.quantise == "none" and devices.is_gpu and config.strategy != "zero3":
-        yield "quantise=4bit", replace(config, quantise="4bit"), "slower; weights lose precision"
+    elif config.lora.quantization == "none" and devices.is_gpu and config.strategy != "zero3":
+        changed = replace(config, lora=replace(config.lora, quantization="nf4"))
+        yield "lora.quantization=nf4", changed, "slower; weights lose precision"
     if devices.is_gpu and not config.activation_offloading:
         changed = replace(config, activation_offloading=True)
         yield "activation_offloading=true", changed, "activations travel to the host and back"
-    if devices.count > 1 and config.strategy == "ddp" and config.method in ("dpo", "sft"):
+    if devices.count > 1 and config.strategy == "ddp" and config.method != "ppo":
         yield "strategy=fsdp2", replace(config, strategy="fsdp2"), "weights shared among GPUs"
 
 

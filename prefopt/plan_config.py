@@ -26,11 +26,11 @@ class PlanConfig:
             of `model`.
         method: dpo, sft, reward or ppo.
         tune: "lora" trains an adapter, "full" all weights.
-        lora: which adapter.
+        lora: which adapter, and whether the base model is held in 4 bits under it
+            (lora.quantization).
         dtype: of the base weights; "auto" is bfloat16 on GPUs and float32 on a CPU, and float32 with
             tune="full".
         autocast: whether training runs under bfloat16 autocast (a trainer's bf16=True).
-        quantise: keep linear layers in 4 bits: "4bit", or "4bit_double" with double quantisation.
         data: preferences (or demonstrations, for sft) whose lengths are planned for, as the training
             commands read them; they are tokenized with the model's tokenizer where it is at hand, and
             else counted as one token for each four bytes.
@@ -66,7 +66,6 @@ class PlanConfig:
     lora: LoRASettings = field(default_factory=LoRASettings)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     autocast: bool = False
-    quantise: Literal["none", "4bit", "4bit_double"] = "none"
     data: str | None = None
     prompt_tokens: int = 200
     answer_tokens: int = 200
@@ -103,10 +102,11 @@ class PlanConfig:
             problems.append(f"utilisation must be in (0, 1], got {self.utilisation}")
         if self.usd_per_gpu_hour is not None and not self.usd_per_gpu_hour >= 0:
             problems.append(f"usd_per_gpu_hour must not be negative, got {self.usd_per_gpu_hour}")
-        if self.tune == "full" and self.quantise != "none":
-            problems.append("4-bit weights cannot be trained; quantise needs tune=lora")
-        if self.method in ("reward", "ppo") and self.strategy != "ddp":
-            problems.append(f"{self.method} shards nothing; its strategy is ddp")
+        quantized = self.lora.quantization != "none"
+        if self.tune == "full" and quantized:
+            problems.append("4-bit weights cannot be trained; lora.quantization needs tune=lora")
+        if self.method == "ppo" and self.strategy != "ddp":
+            problems.append("ppo shards nothing; its strategy is ddp")
         if self.method == "sft" and self.answers not in (None, 1):
             problems.append(f"sft has one answer a prompt, got answers={self.answers}")
         try:
@@ -119,7 +119,7 @@ class PlanConfig:
                     f"strategy={self.strategy} shares weights among GPUs, and {self.gpus} is one: "
                     "give several, such as 2xH100-80GB, or leave strategy at ddp"
                 )
-            if self.quantise != "none" and self.strategy == "zero3":
+            if quantized and self.strategy == "zero3":
                 problems.append("zero3 cannot shard 4-bit weights; take fsdp2 or ddp")
         if problems:
             raise ValueError("plan: " + "; ".join(problems) + ".")

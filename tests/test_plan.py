@@ -108,7 +108,8 @@ def test_methods_hold_the_models_they_need():
 
 def test_four_bits_are_counted_for_linear_layers_only():
     full, quantised = (
-        parts(plan_training(replace(SMALL, quantise=q)))["weights"] for q in ("none", "4bit")
+        parts(plan_training(replace(SMALL, lora=replace(SMALL.lora, quantization=q))))["weights"]
+        for q in ("none", "nf4")
     )
     layers = 1 * (2 * 128 * 128 + 2 * 128 * 64)
     saved_of_attention = layers * (2 - 0.5625)
@@ -188,9 +189,11 @@ def test_longer_than_the_model_was_made_for_is_said(tmp_path):
 
 def test_all_faults_are_said_at_once():
     with pytest.raises(ValueError, match=r"rows must be.*epochs must be.*4-bit.*gpus must be like"):
-        PlanConfig(rows=0, epochs=-1, tune="full", quantise="4bit", gpus="TPU")
-    with pytest.raises(ValueError, match="reward shards nothing"):
-        PlanConfig(method="reward", strategy="fsdp2", gpus="2xH100")
+        PlanConfig(
+            rows=0, epochs=-1, tune="full", lora=LoRASettings(quantization="nf4"), gpus="TPU"
+        )
+    with pytest.raises(ValueError, match="ppo shards nothing"):
+        PlanConfig(method="ppo", strategy="fsdp2", gpus="2xH100")
     with pytest.raises(ValueError, match="and H100 is one"):
         PlanConfig(strategy="zero3", gpus="H100")
     with pytest.raises(ValueError, match="one answer a prompt"):
