@@ -24,7 +24,7 @@ from prefopt.data.labelled import LabelledPair, load_labelled
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.rows import read_rows
 from prefopt.errors import DataError
-from prefopt.launched import refuse_processes
+from prefopt.launched import is_first_process, rows_of_each, shards, shards_in_bfloat16
 from prefopt.models import (
     Device,
     DType,
@@ -36,7 +36,7 @@ from prefopt.models import (
     model_fingerprint,
 )
 from prefopt.progress import progress_bar
-from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
+from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.reward_report import RewardReport, ScoredPair, measure_reward
 from prefopt.training.reward_settings import RewardLossName as RewardLossName
 from prefopt.training.reward_settings import RewardSettings as RewardSettings
@@ -96,6 +96,8 @@ def train_reward(
 ) -> RewardResult:
     """Train a reward model (LoRA and head) on preferences and save it in `out`.
 
+    Under `accelerate launch` the processes share every step, and the first one writes the files.
+
     All preferences among a prompt's answers are learned from, for the price of the prompt and its
     answers once, and count as one together (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
@@ -115,28 +117,27 @@ def train_reward(
         DataError: no preferences, or none that fit into `max_length`.
         TrainingError: the loss is no longer finite.
         ModelError: the model, adapter or device cannot be used.
+        ValueError: the processes cannot share `settings.batch_size` evenly.
     """
-    refuse_processes("train_reward", "use RewardTrainer, which trains in several")
     settings, lora, out = settings or RewardSettings(), lora or LoRASettings(), Path(out)
     checkpoint_dir = Path(checkpoints) if checkpoints else out.with_name(out.name + ".checkpoints")
     reward = _initial(model, lora, settings, device, dtype)
     rows, too_long = _rows(groups, reward.tokenizer, settings.max_length)
-    claim_checkpoints(
-        checkpoint_dir,
-        [
-            "reward model",
-            model_fingerprint(model if isinstance(model, str) else model.base),
-            rows,
-            msgspec.to_builtins(settings),
-            msgspec.to_builtins(lora),
-            lora.continue_from and adapter_fingerprint(lora.continue_from),
-        ],
-    )
+    identity = [
+        "reward model",
+        model_fingerprint(model if isinstance(model, str) else model.base),
+        rows,
+        msgspec.to_builtins(settings),
+        msgspec.to_builtins(lora),
+        lora.continue_from and adapter_fingerprint(lora.continue_from),
+    ]
     trainer = _make_trainer(reward, rows, settings, checkpoint_dir, progress)
-    resume = last_whole_checkpoint(checkpoint_dir)
-    if resume is not None:
-        logger.warning("continuing from %s", resume.name)
+
+    from prefopt.training.sharding import n_trained
+
+    resume = resume_point(trainer.accelerator, checkpoint_dir, identity)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    reward.scoring = trainer.scoring  # found out while the weights were whole
     _centre(reward, rows, settings)
     result = RewardResult(
         folder=out,
@@ -144,12 +145,15 @@ def train_reward(
         n_prompts=len(rows),
         n_pairs=sum(len(row["preferences"]) for row in rows),
         n_left_out=too_long,
-        n_parameters_trained=sum(p.numel() for p in reward.parameters() if p.requires_grad),
+        n_parameters_trained=n_trained(trainer.model),
         learning_rate=trainer.args.learning_rate,
         points=_points(trainer.state.log_history),
     )
-    _save(reward, result, settings)
-    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    weights = trainer.whole_weights()
+    if is_first_process():
+        _save(reward, weights, result, settings)
+        shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
@@ -265,7 +269,9 @@ def _initial(
 
     loaded = model
     if isinstance(loaded, str):
-        loaded = load_model(loaded, device=device, dtype=dtype, quantization=lora.quantization)
+        loaded = load_model(
+            loaded, device=device, dtype=dtype, trainable=True, quantization=lora.quantization
+        )
     if lora.continue_from is not None:
         return RewardModel.load(
             lora.continue_from, base=loaded, adapter_name="default", trainable=True
@@ -329,7 +335,7 @@ def _make_trainer(
 
     steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
     n_parameters = sum(p.numel() for p in reward.model.parameters())
-    on_cpu = reward.device.type == "cpu"
+    on_cpu = reward.device.type == "cpu" and not shards()
     args = RewardConfig(
         output_dir=str(checkpoint_dir),
         loss_type=settings.loss,
@@ -338,7 +344,7 @@ def _make_trainer(
         center_rewards_coefficient=settings.centering_penalty or None,
         learning_rate=settings.learning_rate or default_reward_learning_rate(n_parameters),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=rows_of_each(settings.batch_size),
         micro_batch_tokens=settings.micro_batch_tokens,
         max_length=settings.max_length,
         warmup_steps=settings.warmup,
@@ -352,7 +358,7 @@ def _make_trainer(
         logging_steps=max(1, int(steps / 200)),
         logging_first_step=True,
         seed=settings.seed,
-        bf16=False,
+        bf16=shards_in_bfloat16(),
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
@@ -360,7 +366,8 @@ def _make_trainer(
         report_to=list(settings.report_to) or "none",
     )
     trainer = RewardTrainer(model=reward, args=args, train_dataset=datasets.Dataset.from_list(rows))
-    ProgressBar(description="training (reward)", unit="prompt", show=progress).attach(trainer)
+    show = progress and is_first_process()
+    ProgressBar(description="training (reward)", unit="prompt", show=show).attach(trainer)
     return trainer
 
 
@@ -390,11 +397,16 @@ def _points(log_history: Iterable[Mapping[str, Any]]) -> tuple[RewardPoint, ...]
     )
 
 
-def _save(reward: RewardModel, result: RewardResult, settings: RewardSettings) -> None:
+def _save(
+    reward: RewardModel,
+    weights: dict[str, Any] | None,
+    result: RewardResult,
+    settings: RewardSettings,
+) -> None:
     from prefopt.data.records import write_bytes, write_records
 
     with whole_folder(result.folder) as folder:
-        reward.write(folder)
+        reward.write(folder, weights)
         write_records(folder / "training_log.jsonl", result.points)
         write_bytes(folder / "README.md", _model_card(reward, result, settings).encode())
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from prefopt import RewardConfig, RewardTrainer
 from prefopt.models import LoRASettings
 from prefopt.training.dpo import DPOSettings, train_dpo
+from prefopt.training.reward import RewardSettings, train_reward
 from prefopt.training.sft_trainer import SFTTrainer, token_columns
 from prefopt.training.sharding import holds_parts
 from prefopt.training.token_rows import TokenRow
@@ -61,8 +62,8 @@ def train_case(folder, settings):
 
     `resume` names the checkpoint to go on from, `sharded` says whether weights must be.
     """
-    if settings.get("method") == "flow":
-        run_flow(folder, settings["model"])
+    if settings.get("method") in FLOWS:
+        FLOWS[settings["method"]](folder, settings["model"])
         return
     resume, sharded = settings.pop("resume", None), settings.pop("sharded", False)
     if "RANK" in os.environ:
@@ -77,7 +78,7 @@ def train_case(folder, settings):
     trainer.save_model(str(folder / "saved"))
 
 
-def run_flow(folder, model):
+def run_dpo(folder, model):
     """What `prefopt train dpo` calls, with a batch that the processes share."""
     settings = DPOSettings(learning_rate=1e-2, batch_size=4, max_length=128, checkpoint_every=1)
     lora = LoRASettings(r=4, alpha=8)
@@ -85,6 +86,19 @@ def run_flow(folder, model):
     (folder / f"points{os.environ.get('RANK', '')}.json").write_text(
         json.dumps([(point.loss, point.margin) for point in result.points])
     )
+
+
+def run_reward(folder, model):
+    """What `prefopt train reward` calls, with a batch that the processes share."""
+    settings = RewardSettings(learning_rate=1e-2, batch_size=4, max_length=128, checkpoint_every=1)
+    lora = LoRASettings(r=4, alpha=8)
+    result = train_reward(groups(14), model, folder / "adapter", settings=settings, lora=lora)
+    (folder / f"points{os.environ.get('RANK', '')}.json").write_text(
+        json.dumps([(point.loss, point.margin) for point in result.points] + [result.bias])
+    )
+
+
+FLOWS = {"train_dpo": run_dpo, "train_reward": run_reward}
 
 
 if __name__ == "__main__":

@@ -130,21 +130,26 @@ def test_dpo_in_shares_in_further_settings(more, recipe, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-def test_the_training_function_in_two_processes(recipe, tiny_model, tmp_path):
+@pytest.mark.parametrize(("function", "bar"), [("train_dpo", "DPO"), ("train_reward", "reward")])
+def test_the_training_function_in_two_processes(function, bar, recipe, tiny_model, tmp_path):
     """The same adapter with the same files, told and drawn once; both know the result."""
-    one = {"method": "flow", "model": str(tiny_model), "processes": 1}
-    two = {"method": "flow", "model": str(tiny_model), "recipe": recipe}
+    one = {"method": function, "model": str(tiny_model), "processes": 1}
+    two = {"method": function, "model": str(tiny_model), "recipe": recipe}
     run_cases(MODULE, tmp_path, {"one": one, "two": two})
     folders = [tmp_path / name / "adapter" for name in ("one", "two")]
     assert {f.name for f in folders[0].iterdir()} == {f.name for f in folders[1].iterdir()}
     assert not (tmp_path / "two" / "adapter.checkpoints").exists()
-    expected, found = (load_file(f / "adapter_model.safetensors") for f in folders)
-    for name, value in expected.items():
-        assert (found[name] - value).norm() <= 1e-5 * max(float(value.norm()), 1e-3), name
+    for file in folders[0].glob("*.safetensors"):
+        expected, found = (load_file(folder / file.name) for folder in folders)
+        for name, value in expected.items():
+            assert (found[name] - value).norm() <= 1e-5 * max(float(value.norm()), 1e-3), name
     points = [(tmp_path / "two" / f"points{rank}.json").read_text() for rank in (0, 1)]
     assert points[0] == points[1]
-    assert "training (DPO)" in (tmp_path / "two" / "said0.txt").read_text()
-    assert "training (DPO)" not in (tmp_path / "two" / "said1.txt").read_text()
+    assert f"training ({bar})" in (tmp_path / "two" / "said0.txt").read_text()
+    assert f"training ({bar})" not in (tmp_path / "two" / "said1.txt").read_text()
+    if function == "train_reward":  # the level of the scores, read with the weights in shares
+        (alone,) = json.loads((tmp_path / "one" / "points.json").read_text())[-1:]
+        assert json.loads(points[0])[-1] == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2", "zero2", "zero3"])
