@@ -5,7 +5,7 @@ counted apart, and the worst case says what it could hide. It asks nobody and fi
 
 Cohen's kappa: k = (p_o - p_e) / (1 - p_e) (Cohen 1960). Gwet's AC1 replaces p_e by a chance agreement
 that skewed labels do not inflate (Gwet 2008). Intervals: Wilson for shares; for kappa a percentile
-bootstrap that draws whole prompts. PPI++: Angelopoulos, Duchi and Zrnic 2023, arXiv 2311.01453.
+bootstrap that draws whole prompts.
 """
 
 from __future__ import annotations
@@ -317,54 +317,3 @@ def _warnings(report: Agreement) -> list[str]:
             f"against {report.accuracy.value:.3f})."
         )
     return found
-
-
-class CorrectedRate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mean over many pairs, corrected by a few labelled ones. `weight` is the lambda used."""
-
-    rate: float
-    low: float
-    high: float
-    weight: float
-    uncorrected: float
-
-
-def corrected_rate(
-    judge_all: Sequence[float], judge_labelled: Sequence[float], labels: Sequence[float]
-) -> CorrectedRate:
-    """The win rate people would give, from many verdicts and a few labels (PPI++, power-tuned).
-
-        theta = lambda mean(f_all) + mean(y - lambda f_labelled),
-        lambda = Cov(y, f) / ((1 + n/N) Var f),  clipped to [0, 1]
-
-    Args:
-        judge_all: the judge's score of each unlabelled pair (1 a wins, 0.5 tie, 0 b wins).
-        judge_labelled: the same for the labelled pairs.
-        labels: what people said of the labelled pairs, in the same form.
-
-    Raises:
-        ValueError: fewer than two labelled pairs, none unlabelled, or different lengths.
-    """
-    import numpy as np
-
-    f_all, f, y = (np.asarray(x, dtype=np.float64) for x in (judge_all, judge_labelled, labels))
-    if len(f) != len(y) or len(y) < 2 or len(f_all) < 1:
-        raise ValueError(
-            "corrected_rate needs at least one unlabelled pair and two labelled ones with a verdict "
-            f"each, got {len(f_all)} unlabelled, {len(f)} verdicts and {len(y)} labels."
-        )
-    n, total = len(y), len(f_all)
-    variance = float(np.var(np.concatenate([f, f_all])))
-    weight = 0.0
-    if variance > 0:
-        covariance = float(np.cov(y, f, bias=True)[0, 1])
-        weight = float(np.clip(covariance / ((1 + n / total) * variance), 0.0, 1.0))
-    rate = weight * float(f_all.mean()) + float((y - weight * f).mean())
-    error = np.sqrt(
-        weight**2 * float(np.var(f_all)) / total + float(np.var(y - weight * f, ddof=1)) / n
-    )
-    half = 1.959963984540054 * float(error)
-    return CorrectedRate(
-        rate=rate, low=rate - half, high=rate + half, weight=weight,
-        uncorrected=float(f_all.mean()),
-    )  # fmt: skip

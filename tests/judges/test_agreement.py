@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from prefopt.judges.agreement import (
     CLASSES,
     cohen_kappa,
-    corrected_rate,
     gwet_ac1,
     judge_class,
     measure_agreement,
@@ -157,28 +156,3 @@ def test_wilson_is_the_known_interval():
     found = wilson(5, 10)
     assert (found.low, found.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(0, 0) is None
-
-
-def test_the_corrected_rate_covers_the_truth_where_the_judge_is_biased():
-    rng = np.random.default_rng(1)
-    covered = narrower = 0
-    trials = 300
-    for _ in range(trials):
-        y = (rng.random(2_200) < 0.55).astype(float)
-        # The judge sees the truth in 85 % and leans to a: its own rate is off by several points.
-        f = np.where(rng.random(2_200) < 0.85, y, (rng.random(2_200) < 0.8).astype(float))
-        found = corrected_rate(f[200:], f[:200], y[:200])
-        covered += found.low <= 0.55 <= found.high
-        assert found.uncorrected > 0.55
-        plain = 1.96 * np.std(y[:200], ddof=1) / np.sqrt(200)
-        narrower += (found.high - found.low) / 2 < plain
-    assert covered / trials > 0.91  # 95 % is meant; 3 standard errors below is 0.912
-    assert narrower / trials > 0.95
-
-
-def test_a_judge_that_says_nothing_leaves_the_labels_alone():
-    found = corrected_rate([0.5] * 100, [0.5] * 10, [1, 0] * 5)
-    assert found.weight == 0
-    assert found.rate == 0.5
-    with pytest.raises(ValueError, match="two labelled"):
-        corrected_rate([1.0], [1.0], [1.0])
