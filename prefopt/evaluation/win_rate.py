@@ -22,6 +22,7 @@ Result = Literal["win", "tie", "loss", "unscored"]
 
 _POINTS: dict[Result, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 _RESAMPLES = 10_000
+_DRAWN_AT_ONCE = 2_000_000  # numbers of eight bytes; the batch changes no figure
 
 
 class CategoryRate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -323,7 +324,7 @@ def _bootstrap_interval(means: list[float], seed: int) -> tuple[float | None, fl
         (np.asarray(means),),
         np.mean,
         n_resamples=_RESAMPLES,
-        batch=500,  # flat memory however many prompts there are
+        batch=max(1, _DRAWN_AT_ONCE // len(means)),  # flat memory however many prompts there are
         method="percentile",
         random_state=np.random.default_rng(seed),
     ).confidence_interval
