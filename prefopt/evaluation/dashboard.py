@@ -22,7 +22,8 @@ from urllib.parse import urlencode
 from prefopt.errors import DataError, PrefoptError
 from prefopt.evaluation.advice import interval, percent, signed_percent
 from prefopt.evaluation.figure import trend_svg
-from prefopt.evaluation.history import SURE_P, Change, Evaluation, History, PairFilter
+from prefopt.evaluation.history import Evaluation, History, PairFilter
+from prefopt.evaluation.history_changes import SURE_P, Change
 from prefopt.evaluation.win_rate import Result
 from prefopt.types import Verdict
 
@@ -104,8 +105,12 @@ def serve_dashboard(history: History, *, host: str = "127.0.0.1", port: int = 80
 
 
 def word_changes(earlier: str, later: str) -> list[Piece]:
-    """Two texts as one, with the words that only one of them has marked."""
-    a, b = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (earlier, later))
+    """Two texts as one, with the words that only one of them has marked.
+
+    A word and the space before it are one: spaces alone match everywhere, and long answers would take
+    seconds.
+    """
+    a, b = (re.findall(r"\s*(?:\w+|[^\w\s])|\s+", text) for text in (earlier, later))
     pieces: list[Piece] = []
     for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if tag == "equal":

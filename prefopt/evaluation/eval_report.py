@@ -240,7 +240,7 @@ def build_report(
         tuned_model=tuned_model or _names(j.comparison.a.model for j in judged),
         judge=judge or _names(v.judge for v in verdicts),
         win_rate=rate,
-        answers=tuple(_answer_pair(j) for j in judged),
+        answers=tuple(answer_pair(j) for j in judged),
         rubric_name=rubric.name if rubric else "",
         rubric_text=rubric.text if rubric else "",
         judge_note=judge_note,
@@ -365,7 +365,8 @@ def _render(template: str, report: EvalReport, *, autoescape: bool, **extra: Any
     )
 
 
-def _answer_pair(judged: JudgedComparison) -> AnswerPair:
+def answer_pair(judged: JudgedComparison) -> AnswerPair:
+    """A judged comparison as the report shows it; its `a` is the tuned model's answer."""
     comparison = judged.comparison
     return AnswerPair(
         prompt=comparison.prompt,
