@@ -11,6 +11,9 @@ between, so a completion brings its own leading space.
 
 from __future__ import annotations
 
+import datetime
+import functools
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,11 @@ if TYPE_CHECKING:
 # Stands in for an answer to learn what a template writes after one. No whitespace, so that
 # templates that trim it leave it alone.
 _PROBE = "prefopt-probe-answer"
+
+# Some templates write today's date. With another every day a run that was stopped would not go on with
+# the same tokens tomorrow, so they get one day always: that of Llama 3's own default.
+_DAY = datetime.datetime(2024, 7, 26)
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class TokenizedAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,12 +61,10 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[
     """The ids after which a model's answer begins, generation prompt included.
 
     Raises:
-        DataError: the chat template refuses the conversation (for example a system message).
+        DataError: the chat template refuses the conversation (for example a system message), or
+            leaves a message out.
     """
-    if not _has_template(tokenizer):
-        return _encode(tokenizer, _plain_text(prompt))
-    text = _render(tokenizer, prompt, prompt.messages, add_generation_prompt=True)
-    return _encode(tokenizer, text)
+    return _encode(tokenizer, _prompt_text(tokenizer, prompt))
 
 
 def tokenize_answer(
@@ -86,10 +92,13 @@ def tokenize_answer(
 
     Raises:
         DataError: the chat template refuses the conversation.
-        ModelError: the template does not show the answer, or there is no end token at all.
+        ModelError: the template does not show the answer, leaves out a part of it, or writes what is
+            before it differently once it is there; or there is no end token at all.
     """
-    prompt_ids = tokenize_prompt(tokenizer, prompt)
+    prompt_text = _prompt_text(tokenizer, prompt)
+    prompt_ids = _encode(tokenizer, prompt_text)
     body_text, ending_text = _render_answer(tokenizer, prompt, answer_text)
+    _check_prompt_stays(tokenizer, prompt, prompt_text, body_text)
     body = _encode(tokenizer, body_text)
     whole = _encode(tokenizer, body_text + ending_text)
     ending = whole[_shared_length(body, whole) :]
@@ -221,6 +230,27 @@ def _plain_text(prompt: Prompt) -> str:
     return "\n".join(message.content for message in prompt.messages)
 
 
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """What a model reads before it answers."""
+    if not _has_template(tokenizer):
+        return _plain_text(prompt)
+    text = _render(tokenizer, prompt, prompt.messages, add_generation_prompt=True)
+    written = _squeezed(text)
+    for number, message in enumerate(prompt.messages):
+        if message.role == "assistant" or _squeezed(message.content) in written:
+            continue
+        # Not there word for word: perhaps quoted, perhaps not at all.
+        other = [*prompt.messages]
+        other[number] = Message(message.role, _PROBE)
+        if _render(tokenizer, prompt, other, add_generation_prompt=True) == text:
+            raise DataError(
+                f"the chat template leaves message {number + 1} of prompt {prompt.prompt_id} out, a "
+                f"{message.role} message: {message.content!r:.60}. The model would never see it. Put "
+                "its text into a user message."
+            )
+    return text
+
+
 def _render_answer(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer_text: str
 ) -> tuple[str, str]:
@@ -236,7 +266,42 @@ def _render_answer(
             f"with {whole[-30:]!r}, but others with {ending!r}, so the answer's end cannot be "
             "found. Set `tokenizer.chat_template` to one that ends all answers alike."
         )
-    return whole.removesuffix(ending), ending
+    body = whole.removesuffix(ending)
+    if not _squeezed(body).endswith(_squeezed(answer_text)):
+        raise ModelError(
+            f"the chat template writes the answer {answer_text!r:.60} to prompt {prompt.prompt_id} as "
+            f"{body[-60:]!r}: it leaves a part out, such as a thought, so another answer would be "
+            "trained than was judged. Take that part out of the answers, or set "
+            "`tokenizer.chat_template` to one that keeps it."
+        )
+    return body, ending
+
+
+def _squeezed(text: str) -> str:
+    """The text without white space, which templates trim and add."""
+    return "".join(text.split())
+
+
+def _check_prompt_stays(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: str, answered: str
+) -> None:
+    """Raise ModelError if the conversation before the answer is another once there is an answer.
+
+    What a generation prompt adds may go; what was said before may not, since all from the first
+    difference on counts as the answer.
+    """
+    shared = _shared_length(asked, answered)
+    if shared == len(asked):
+        return
+    said = _render(tokenizer, prompt, prompt.messages)
+    until = _shared_length(asked, said)  # where the generation prompt begins
+    if asked[shared:until].strip():
+        raise ModelError(
+            f"the chat template writes prompt {prompt.prompt_id} differently once it is answered, "
+            f"from {asked[shared : shared + 40]!r} on, so what was said before would be trained as "
+            "part of the answer. Put a system message's text into the first user message, or set "
+            "`tokenizer.chat_template` to one that leaves the conversation as it is."
+        )
 
 
 def _ending_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -262,15 +327,24 @@ def _render(
     turns = [{"role": m.role, "content": m.content} for m in messages]
     try:
         text: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            turns,
+            chat_template=_on_one_day(tokenizer.get_chat_template()),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DataError(
             f"the chat template refuses prompt {prompt.prompt_id} with the roles "
             f"{', '.join(m.role for m in messages)}: {error}. Change the messages to fit the model "
             "(for a refused system message: put its text into the first user message)."
         ) from error
     return text
+
+
+@functools.cache
+def _on_one_day(template: str) -> str:
+    """The template with the day in place of the function that tells today's."""
+    return _TODAY.sub(lambda match: repr(_DAY.strftime(match[2])), template)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -311,8 +385,8 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences share from the beginning."""
+def _shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many ids or characters two sequences share from the beginning."""
     for index, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return index
