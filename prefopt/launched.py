@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 def n_processes() -> int:
@@ -23,9 +24,17 @@ def shards() -> bool:
     )
 
 
-def shards_in_bfloat16() -> bool:
-    """Whether what is sharded is multiplied in bfloat16."""
-    return shards() and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+def trains_in_bfloat16(model: Any) -> bool:
+    """Whether training multiplies in bfloat16, under autocast.
+
+    It does where the launcher says so of shares, and on a GPU whose base weights are bfloat16. There
+    the adapter's float32 weights would otherwise pull the activations that are kept for the backward
+    pass up to float32, twice the memory.
+    """
+    if shards():
+        return os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    weight = next(model.parameters())
+    return str(weight.dtype) == "torch.bfloat16" and weight.device.type == "cuda"
 
 
 def rows_of_each(batch_size: int) -> int:

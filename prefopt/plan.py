@@ -38,7 +38,6 @@ _FOUR_BIT_BYTES = {
     False: 0.5 + 4 / 64,
     True: 0.5 + 1 / 64 + 4 / (64 * 256),
 }  # by double quantisation
-_MICRO_BATCH_TOKENS = {False: 512, True: 16384}  # on a CPU, on a GPU: the trainers' defaults
 _GENERATED_AT_ONCE = 256  # answers, as the rollout engine does
 
 # What a process holds beside tensors. CUDA: context, cuBLAS workspaces and compiled kernels. CPU:
@@ -197,7 +196,7 @@ class _Planner:
         in_step = sum(_fed(row) for row in self.rows[:mine])
         return StepSettings(
             dtype=_dtype(config, self.devices),
-            autocast=config.autocast,
+            autocast=_autocast(config, self.devices),
             lora=config.lora if config.tune == "lora" else None,
             gradient_checkpointing=config.gradient_checkpointing,
             activation_offloading=config.activation_offloading,
@@ -483,8 +482,15 @@ def _dtype(config: PlanConfig, devices: Devices) -> str:
     return "bfloat16" if devices.is_gpu and config.tune == "lora" else "float32"
 
 
+def _autocast(config: PlanConfig, devices: Devices) -> bool:
+    return devices.is_gpu if config.autocast is None else config.autocast
+
+
 def _budget(config: PlanConfig, devices: Devices) -> int:
-    return config.micro_batch_tokens or _MICRO_BATCH_TOKENS[devices.is_gpu]
+    from prefopt.trees import default_micro_batch_tokens
+
+    default = default_micro_batch_tokens("cuda" if devices.is_gpu else "cpu")
+    return config.micro_batch_tokens or default
 
 
 def _rows_a_device(config: PlanConfig, devices: Devices) -> int:
@@ -580,7 +586,7 @@ def _milder(config: PlanConfig, devices: Devices) -> Iterator[tuple[str, PlanCon
         yield f"gradient_checkpointing=true and micro_batch_tokens={budget // 4}", changed, ""
     if config.dtype != "bfloat16" and devices.is_gpu and config.tune == "lora":
         yield "dtype=bfloat16", replace(config, dtype="bfloat16"), ""
-    elif not config.autocast and devices.is_gpu:
+    elif not _autocast(config, devices) and devices.is_gpu:
         yield "autocast=true", replace(config, autocast=True), "products in bfloat16"
     if config.tune == "full":
         if config.optimizer == "adamw":
@@ -613,7 +619,9 @@ def _sizes_of_data(config: PlanConfig, remarks: list[str]) -> tuple[list[RowSize
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model))
+            tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model_path(config.model), trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, ImportError):
             tokenizer = None
     if tokenizer is None:

@@ -30,7 +30,8 @@ class PlanConfig:
             (lora.quantization).
         dtype: of the base weights; "auto" is bfloat16 on GPUs and float32 on a CPU, and float32 with
             tune="full".
-        autocast: whether training runs under bfloat16 autocast (a trainer's bf16=True).
+        autocast: whether training runs under bfloat16 autocast (a trainer's bf16=True); None is what
+            the training commands do, which is on a GPU.
         data: preferences (or demonstrations, for sft) whose lengths are planned for, as the training
             commands read them; they are tokenized with the model's tokenizer where it is at hand, and
             else counted as one token for each four bytes.
@@ -45,7 +46,7 @@ class PlanConfig:
         batch_size: rows an optimiser step, on all devices together (for ppo: prompts of a rollout
             batch).
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
-            16,384 on a GPU.
+            8,192 on a GPU.
         gradient_checkpointing: recompute activations in the backward pass.
         activation_offloading: keep activations in the host's memory.
         optimizer: adamw, adamw_8bit, paged_adamw_8bit or sgd (without momentum).
@@ -65,7 +66,7 @@ class PlanConfig:
     tune: Literal["lora", "full"] = "lora"
     lora: LoRASettings = field(default_factory=LoRASettings)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    autocast: bool = False
+    autocast: bool | None = None
     data: str | None = None
     prompt_tokens: int = 200
     answer_tokens: int = 200

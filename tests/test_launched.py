@@ -1,8 +1,15 @@
 """What a process is told by its launcher."""
 
 import pytest
+import torch
 
-from prefopt.launched import is_first_process, refuse_processes, rows_of_each, shards
+from prefopt.launched import (
+    is_first_process,
+    refuse_processes,
+    rows_of_each,
+    shards,
+    trains_in_bfloat16,
+)
 
 
 def test_alone(monkeypatch):
@@ -25,3 +32,31 @@ def test_among_three(monkeypatch):
         rows_of_each(16)
     with pytest.raises(ValueError, match="one process, and 3 were launched"):
         refuse_processes("this", "use that")
+
+
+class Weight:
+    """A parameter as far as its place and kind are asked for."""
+
+    def __init__(self, dtype, device):
+        self.dtype, self.device = dtype, torch.device(device)
+
+    def parameters(self):
+        yield self
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [("bfloat16", "cuda", True), ("float32", "cuda", False), ("bfloat16", "cpu", False)],
+)
+def test_half_precision_on_a_gpu_follows_the_base_model(dtype, device, expected, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    assert trains_in_bfloat16(Weight(getattr(torch, dtype), device)) is expected
+
+
+def test_half_precision_of_shares_is_the_launchers(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert trains_in_bfloat16(Weight(torch.float32, "cpu"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert not trains_in_bfloat16(Weight(torch.bfloat16, "cuda"))

@@ -27,7 +27,7 @@ from prefopt.launched import (
     refuse_processes,
     rows_of_each,
     shards,
-    shards_in_bfloat16,
+    trains_in_bfloat16,
 )
 from prefopt.models import (
     Device,
@@ -65,7 +65,7 @@ class DPOSettings:
         epochs: passes over the pairs.
         batch_size: pairs an optimiser step.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
-            16,384 on a GPU. It decides about memory and never about the result.
+            8,192 on a GPU. It decides about memory and never about the result.
         max_length: tokens of prompt and answer together; longer answers are cut at the end.
         loss: one or several losses (`prefopt.losses` says what each is), added up with
             `loss_weights`.
@@ -397,7 +397,7 @@ def _make_trainer(
         logging_steps=max(1, int(steps / 200)),
         logging_first_step=True,
         seed=settings.seed,
-        bf16=shards_in_bfloat16(),
+        bf16=trains_in_bfloat16(loaded.model),
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,

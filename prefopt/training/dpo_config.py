@@ -30,7 +30,7 @@ class DPOConfig(trl.DPOConfig):
         loss_type: besides TRL's, any of `prefopt.losses.LOSS_NAMES`, and for rows of K answers
             `plackett_luce`, `infonca` and `nca`.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
-            16,384 on a GPU. The gradient does not depend on it, memory does. Losses that sort
+            8,192 on a GPU. The gradient does not depend on it, memory does. Losses that sort
             their batch (`aot`, `aot_unpaired`) take all rows of a step at once.
         group_by_prompt: let rows with the same prompt follow each other, so that the prompt is
             computed once for all of them; otherwise rows are shuffled one by one.
@@ -57,7 +57,7 @@ class DPOConfig(trl.DPOConfig):
     micro_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens that go through the model at once. None: 512 on CPU, 16384 on GPU."
+            "help": "Tokens that go through the model at once. None: 512 on CPU, 8192 on GPU."
         },
     )
     group_by_prompt: bool = field(

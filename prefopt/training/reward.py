@@ -24,7 +24,7 @@ from prefopt.data.labelled import LabelledPair, load_labelled
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.rows import read_rows
 from prefopt.errors import DataError
-from prefopt.launched import is_first_process, rows_of_each, shards, shards_in_bfloat16
+from prefopt.launched import is_first_process, rows_of_each, shards, trains_in_bfloat16
 from prefopt.models import (
     Device,
     DType,
@@ -358,7 +358,7 @@ def _make_trainer(
         logging_steps=max(1, int(steps / 200)),
         logging_first_step=True,
         seed=settings.seed,
-        bf16=shards_in_bfloat16(),
+        bf16=trains_in_bfloat16(reward),
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,

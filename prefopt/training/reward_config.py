@@ -40,7 +40,7 @@ class RewardConfig(trl.RewardConfig):
         truncation_mode: what becomes of rows longer than `max_length`: "drop" as in TRL, since an
             answer without its end is another answer; "keep_end" cuts the prompt's beginning off.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
-            16,384 on a GPU. The gradient does not depend on it, memory does.
+            8,192 on a GPU. The gradient does not depend on it, memory does.
         group_by_prompt: let rows with the same prompt follow each other, so that the prompt is
             computed once for all of them; otherwise rows are shuffled one by one.
         rao_kupper_nu: how likely ties are in `rao_kupper`.
@@ -78,7 +78,7 @@ class RewardConfig(trl.RewardConfig):
     micro_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens that go through the model at once. None: 512 on CPU, 16384 on GPU."
+            "help": "Tokens that go through the model at once. None: 512 on CPU, 8192 on GPU."
         },
     )
     group_by_prompt: bool = field(

@@ -18,7 +18,7 @@ class RewardSettings:
         epochs: passes over the data. More than one soon makes a reward model too sure of itself.
         batch_size: prompts an optimiser step; all preferences among a prompt's answers count as one.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
-            16,384 on a GPU. It decides about memory and never about the result.
+            8,192 on a GPU. It decides about memory and never about the result.
         max_length: tokens of prompt and answer together. Prompts with a longer answer are left out
             and counted: an answer without its end is another answer.
         loss: the law of preferences that is fitted; see `prefopt.reward_losses`.

@@ -29,7 +29,7 @@ from prefopt.launched import (
     refuse_processes,
     rows_of_each,
     shards,
-    shards_in_bfloat16,
+    trains_in_bfloat16,
 )
 from prefopt.models import (
     Device,
@@ -62,7 +62,7 @@ class SFTSettings:
         epochs: passes over the rows.
         batch_size: rows an optimiser step.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
-            16,384 on a GPU. It decides about memory and never about the result.
+            8,192 on a GPU. It decides about memory and never about the result.
         max_length: tokens of prompt and answer together; longer ones are cut at the end and then
             learned without an end token.
         replay_share: the share of general rows among all rows, in [0, 1), where general data is
@@ -378,7 +378,7 @@ def _make_trainer(
         logging_steps=every,
         logging_first_step=True,
         seed=settings.seed,
-        bf16=shards_in_bfloat16() or (mixed and torch.cuda.is_bf16_supported()),
+        bf16=trains_in_bfloat16(loaded.model) or (mixed and torch.cuda.is_bf16_supported()),
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,

@@ -23,13 +23,12 @@ from prefopt.training.tree_model import (
     tree_attention,
 )
 from prefopt.training.whole_checkpoints import WholeCheckpoints
-from prefopt.trees import AnswerTree, split_by_tokens
+from prefopt.trees import AnswerTree, default_micro_batch_tokens, split_by_tokens
 
 if TYPE_CHECKING:
     from prefopt.training.token_rows import TokenRow
 
 _NOT_LEARNED = -100  # TRL's label of a token without loss
-_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class SFTTrainer(WholeCheckpoints, trl.SFTTrainer):
             add_answer_scoring(base_model(self.model))  # before a wrapper minds the precision
         else:
             self._settled_scoring()
-        default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
+        default = default_micro_batch_tokens(self.args.device.type)
         self._budget = micro_batch_tokens or default
 
     def training_step(

@@ -42,10 +42,7 @@ from prefopt.training.tree_model import (
     tree_attention,
 )
 from prefopt.training.whole_checkpoints import WholeCheckpoints
-
-# Tokens a micro-batch feeds, unless the user says otherwise: enough rows for fast matrix products,
-# few enough that their activations fit beside the weights.
-_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
+from prefopt.trees import default_micro_batch_tokens
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ class TreeTrainer(WholeCheckpoints):
 
     @property
     def _budget(self) -> int:
-        default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
+        default = default_micro_batch_tokens(self.args.device.type)
         return int(self.args.micro_batch_tokens or default)
 
     def _plan(self, rows: Sequence[PreferenceRow]) -> list[MicroBatch]:
