@@ -6,6 +6,7 @@ data.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -80,6 +81,12 @@ class PPOConfig(transformers.TrainingArguments):
             units of the score, so raise it where scores are much larger than 1; None clips nothing.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
             16,384 on a GPU.
+        replay_share: the share of general rows among all rows of an optimiser step (its answers and
+            these), in (0, 1), where the trainer is given a `replay_dataset`; the nearest whole number
+            of rows, and at least one.
+        replay_weight: of their mean negative log-likelihood a token beside the policy's loss; 0 is no
+            replay. The pretraining term of InstructGPT (arXiv:2203.02155, eq. 2), which has 27.8 for
+            another mean.
         num_logged_answers: sampled answers that each rollout batch adds to `rollouts.jsonl` in the
             output folder.
     """
@@ -143,6 +150,12 @@ class PPOConfig(transformers.TrainingArguments):
         default=None,
         metadata={"help": "Tokens through the model at once. None: 512 on CPU, 16384 on GPU."},
     )
+    replay_share: float = field(
+        default=0.1, metadata={"help": "Share of general rows in a step, with a replay_dataset."}
+    )
+    replay_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the general rows' NLL beside the policy's loss."}
+    )
     num_logged_answers: int = field(
         default=4, metadata={"help": "Answers of each rollout batch that are written down."}
     )
@@ -172,6 +185,12 @@ class PPOConfig(transformers.TrainingArguments):
             for name in ("gamma", "lam")
             if not 0 <= getattr(self, name) <= 1
         ]
+        if not 0.0 < self.replay_share < 1.0:
+            problems.append(f"replay_share must be in (0, 1), got {self.replay_share}")
+        if not 0.0 <= self.replay_weight < math.inf:
+            problems.append(
+                f"replay_weight must be finite and not negative, got {self.replay_weight}"
+            )
         if self.kl_coef < 0:
             problems.append(f"kl_coef must not be negative, got {self.kl_coef}")
         if self.kl_target is not None and self.kl_coef == 0:

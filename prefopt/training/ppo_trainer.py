@@ -1,7 +1,8 @@
 """Prompts and a reward -> a policy trained by PPO, on `transformers.Trainer`.
 
     rollout batch:  prompts ──sample──▶ answers ──score──▶ rewards ──▶ advantages
-    then num_ppo_epochs x num_mini_batches optimiser steps on it, policy and value
+    then num_ppo_epochs x num_mini_batches optimiser steps on it, policy and value,
+    the policy's with general rows beside them where there are some to replay
 
 Policy, reference, value and reward are adapters of one base model where that is possible
 (`rlhf_model`). Answers to the same prompt form a tree, so its prompt is computed once; the output head
@@ -18,12 +19,13 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import msgspec
@@ -43,26 +45,51 @@ from prefopt.advantages import (
 )
 from prefopt.chat import end_token_ids
 from prefopt.errors import TrainingError
+from prefopt.launched import shards
 from prefopt.logprobs import by_answer, sum_by_answer
 from prefopt.ppo_losses import (
+    PolicyLosses,
+    ValueLosses,
     clipped_policy_losses,
     clipped_value_losses,
 )
 from prefopt.training.answer_rewards import SampledBatch, Scores, reward_source
 from prefopt.training.callbacks import AnswerCallback, ProgressBar
-from prefopt.training.policy_setup import load_policy
+from prefopt.training.fused_model import AS_IT_IS
+from prefopt.training.policy_setup import check_sharding, load_policy, prepare_reference
 from prefopt.training.ppo_config import PPOConfig as PPOConfig
 from prefopt.training.prompt_rows import PromptRow, PromptSet, RolloutSampler
-from prefopt.training.rlhf_model import build_roles
+from prefopt.training.reference import Reference
+from prefopt.training.replay import (
+    ReplayBatch,
+    ReplayStream,
+    replay_batches,
+    replay_rows,
+    rows_per_step,
+)
+from prefopt.training.reward_model import RewardModel
+from prefopt.training.rlhf_model import VALUE, TrainedRoles, build_roles
 from prefopt.training.rollouts import RolloutEngine, RolloutSettings, TransformersEngine
+from prefopt.training.sharding import (
+    WholeCopy,
+    clipped_by_group,
+    forget_gradients,
+    holds_parts,
+    most,
+    pass_of_step,
+    unsharded,
+)
 from prefopt.training.tree_model import (
     answer_states,
     base_model,
+    choose_scoring,
     is_wrapped,
+    n_parameters,
     score_answers,
     tree_attention,
 )
 from prefopt.training.tree_trainer import Averages
+from prefopt.training.whole_checkpoints import WholeCheckpoints
 from prefopt.trees import AnswerTree, PaddedAnswers, TreeBatch, split_by_tokens
 
 logger = logging.getLogger(__name__)
@@ -105,6 +132,10 @@ class MicroBatch(NamedTuple):
     answers: tuple[int, ...]
 
 
+AnyBatch = MicroBatch | ReplayBatch
+SomeBatch = TypeVar("SomeBatch", MicroBatch, AnyBatch)
+
+
 @dataclass
 class Experience:
     """A rollout batch with all that PPO learns from it. A is answers, R their tokens."""
@@ -133,6 +164,7 @@ class PlannedStep(NamedTuple):
     """What one call of `training_step` does, and the counts of the whole optimiser step."""
 
     micro_batches: tuple[MicroBatch, ...]
+    general: tuple[ReplayBatch, ...]  # of the step's general rows, in its first call
     n_tokens: float  # answer tokens of the whole step, on all processes
     n_fed: int  # tokens that go through the policy for it; 0 but in the step's first call
     is_first: bool
@@ -140,7 +172,7 @@ class PlannedStep(NamedTuple):
     policy_unchanged: bool  # no step was taken since the answers were sampled
 
 
-class PPOTrainer(transformers.Trainer):
+class PPOTrainer(WholeCheckpoints):
     """Proximal policy optimization against a reward (Schulman et al. 2017, arXiv:1707.06347).
 
     Args:
@@ -160,7 +192,10 @@ class PPOTrainer(transformers.Trainer):
             adapters of the same base.
         callbacks: as for `transformers.Trainer`.
         optimizers: as for `transformers.Trainer`.
-        engine: what samples; None takes transformers' `generate`.
+        engine: what samples; None takes `TransformersEngine`.
+        replay_dataset: general data against forgetting, as `prefopt.data.general.load_general` reads
+            it: each step adds the mean NLL a token of `args.replay_share` rows of it, weighted. That
+            is PPO-ptx (Ouyang et al. 2022, arXiv:2203.02155, eq. 2).
 
     Raises:
         ValueError: settings that exclude each other.
@@ -189,6 +224,7 @@ class PPOTrainer(transformers.Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         engine: RolloutEngine | None = None,
+        replay_dataset: Any = None,
     ) -> None:
         _check(model, ref_model, peft_config, args)
         transformers.set_seed(args.seed)
@@ -197,7 +233,7 @@ class PPOTrainer(transformers.Trainer):
                 from prefopt.models import resolve_model_path
 
                 processing_class = transformers.AutoTokenizer.from_pretrained(
-                    resolve_model_path(model)
+                    resolve_model_path(model), trust_remote_code=False
                 )
             model = load_policy(model, {"dtype": "float32"})
         if isinstance(ref_model, str):
@@ -214,22 +250,22 @@ class PPOTrainer(transformers.Trainer):
         )
         policy = self.roles.policy
         self.reward = reward
-        ledger = Path(args.output_dir) / "reward_judgements.sqlite"
-        self._score = reward_source(reward, self._tokenizer, ledger)
         if args.learning_rate is None:
             args.learning_rate = 5e-5 if self.roles.one_base else 3e-6
         if args.gradient_checkpointing and self.roles.one_base:
             policy.enable_input_require_grads()
         stops = _stop_tokens(args, self._tokenizer, base_model(policy))
-        longest = _longest_prompt(args, base_model(policy).config.get_text_config())
-        self._longest_prompt = longest
+        config = base_model(policy).config.get_text_config()
+        self._longest_prompt = _longest_prompt(args, config)
+        self._context = getattr(config, "max_position_embeddings", None)
         train_set = self._prompt_set(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
             eval_set: Any = {n: self._prompt_set(d, n) for n, d in eval_dataset.items()}
         else:
             eval_set = None if eval_dataset is None else self._prompt_set(eval_dataset, "eval")
+        self._replay = self._replay_stream(replay_dataset, len(train_set), args)
         super().__init__(
-            model=policy,
+            model=TrainedRoles(self.roles) if shards() else policy,
             args=args,
             data_collator=list,
             train_dataset=train_set,
@@ -243,12 +279,7 @@ class PPOTrainer(transformers.Trainer):
                 "several GPUs are visible to one process, which nn.DataParallel would use. Start with "
                 "accelerate launch or torchrun, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "PPO samples from the policy and switches its adapters between steps, which shares of "
-                "weights do not allow. Launch it with recipes/accelerate/ddp.yaml; where memory is "
-                "short, train an adapter on a base model in 4 bits (--lora.quantization nf4)."
-            )
+        self._shard()
         for callback in tuple(self.callback_handler.callbacks):
             if isinstance(callback, ProgressBar):
                 callback.attach(self)
@@ -256,25 +287,156 @@ class PPOTrainer(transformers.Trainer):
         self.loss_is_scaled_for_ga = True
         if hasattr(policy, "add_model_tags"):
             policy.add_model_tags(list(self._tag_names))
-        for module in (self.roles.reference.model, self.roles.value, self.reward):
-            if isinstance(module, torch.nn.Module):
-                module.to(args.device)
-        self.engine = engine or TransformersEngine(
-            policy,
-            RolloutSettings(
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                stop_token_ids=stops,
-                pad_token_id=self._pad_token_id,
-                batch_size=args.generation_batch_size or 256,
-            ),
-            autocast=self.accelerator.autocast,
-        )
+        self._place_models()
+        self.engine = engine or self._transformers_engine(stops)
         self._may_be_cut_off = bool(stops)
         self.kl_coef = args.kl_coef
         self.n_answers = 0
         self._experience: Experience | None = None
         self._averages = Averages()
+        self._norms: list[Tensor] = []
+
+    # --- Models in shares ------------------------------------------------------------------------
+
+    def _shard(self) -> None:
+        """What is shared between processes, and what that rules out."""
+        sharding = self._set_up_sharding()
+        if sharding.gradients and not isinstance(self.model, TrainedRoles):
+            raise ValueError(
+                "FSDP or DeepSpeed was asked for after the models were put together. Start with "
+                "accelerate launch --config_file recipes/accelerate/fsdp2.yaml (or another of them)."
+            )
+        roles = self.roles
+        if roles.reference.model is not roles.policy:
+            check_sharding(self.args, sharding, base_model(roles.reference.model))
+        check_sharding(self.args, sharding, base_model(roles.policy))
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage:
+            offloaded = plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
+            if roles.value is not None and offloaded.get("device", "none") != "none":
+                raise ValueError(
+                    "with its optimiser states on the CPU, DeepSpeed keeps the gradients of a step's "
+                    "last backward pass only, and PPO has one for the policy and one for the value. "
+                    "Set offload_optimizer_device: none, or take rloo or grpo, which train no value."
+                )
+        self._settled = not sharding.parameters
+        self._whole = WholeCopy(roles.policy) if sharding.parameters else None
+
+    def _place_models(self) -> None:
+        """Put on the device, or shard, what is not a part of the policy's model."""
+        roles, device = self.roles, self.args.device
+        ref = roles.reference.model
+        if not self.sharding.gradients:
+            for module in (ref, roles.value, self.reward):
+                if isinstance(module, torch.nn.Module):
+                    module.to(device)
+        else:
+            if ref is not roles.policy:
+                roles.reference = Reference(roles.reference.kind, prepare_reference(self, ref))
+            if isinstance(self.reward, RewardModel):
+                own = self.reward.model is not roles.policy
+                (self.reward if own else self.reward.head).to(device)
+        ledger = Path(self.args.output_dir) / "reward_judgements.sqlite"
+        self._score = reward_source(self._scored_with(), self._tokenizer, ledger)
+
+    def _scored_with(self) -> Any:
+        """The reward; an adapter of a base in shares is read on the whole copy of it."""
+        reward, whole = self.reward, self._whole
+        on_policy = isinstance(reward, RewardModel) and reward.model is self.roles.policy
+        if whole is None or not on_policy:
+            return reward
+        return RewardModel(
+            whole.model,
+            reward.head,
+            reward.tokenizer,
+            adapter=reward.adapter,
+            bias=reward.bias,
+            base=reward.base,
+            reads_at=reward.reads_at,
+        )
+
+    def _transformers_engine(self, stops: Sequence[int]) -> TransformersEngine:
+        args, whole = self.args, self._whole
+        return TransformersEngine(
+            self.roles.policy if whole is None else whole.model,
+            RolloutSettings(
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                stop_token_ids=tuple(stops),
+                pad_token_id=self._pad_token_id,
+                batch_size=args.generation_batch_size or 256,
+            ),
+            autocast=self.accelerator.autocast,
+        )
+
+    @contextlib.contextmanager
+    def _whole_weights_at_hand(self) -> Iterator[None]:
+        """Within the block answers can be sampled and scored; gathers what is in shares, once."""
+        if self._whole is None:
+            yield
+            return
+        if not holds_parts(self.model):
+            raise ValueError("models in shares answer while they train, and not before.")
+        self._settle()
+        with self._whole.filled(self.roles.policy, self.accelerator):
+            yield
+
+    def _settle(self) -> None:
+        """Find out how models in shares are scored, once they are where they will be."""
+        if self._settled:
+            return
+        self._settled = True
+        roles, low = self.roles, self._low_precision
+        roles.scoring = choose_scoring(self.model, low_precision=low)
+        roles.reference_scoring = roles.scoring
+        if roles.reference.model is not roles.policy:
+            roles.reference_scoring = choose_scoring(roles.reference.model, low_precision=low)
+        if roles.value is not None:
+            same = type(base_model(roles.value.model)) is type(base_model(roles.policy))
+            of_value = replace(roles.value.scoring, fused=AS_IT_IS, parted=True)
+            roles.value.scoring = roles.scoring if same else of_value
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.roles.look_again()
+        return prepared
+
+    def _called(self, role: str, model: Any = None) -> Any:
+        """What is called for the policy or the value; `model` as the loop hands it to a step."""
+        if self.sharding.gradients:
+            return functools.partial(self.model if model is None else model, role=role)
+        return self.roles.policy if role == "policy" else self.roles.value
+
+    def _passes(
+        self, batches: Sequence[SomeBatch], experience: Experience, *, together: bool
+    ) -> list[tuple[SomeBatch | MicroBatch, bool]]:
+        """Micro-batches, and what a process runs for nothing where others have more (False)."""
+        passes: list[tuple[SomeBatch | MicroBatch, bool]] = [(batch, True) for batch in batches]
+        if together:
+            n = most(self.accelerator, max(1, len(passes)))
+            spare = min(experience.whole, key=lambda m: m.batch.n_tokens)
+            passes += [(spare, False)] * (n - len(passes))
+        return passes
+
+    def _replay_stream(self, source: Any, n_prompts: int, args: PPOConfig) -> ReplayStream | None:
+        """The general rows of each step."""
+        if source is None or args.replay_weight == 0:
+            return None
+        prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        answers = prompts * args.num_generations / args.num_mini_batches
+        per_step = rows_per_step(args.replay_share, answers)
+        steps = args.max_steps
+        if steps <= 0:
+            rollouts = math.ceil(args.num_train_epochs * math.ceil(n_prompts / prompts))
+            steps = rollouts * args.steps_per_rollout
+        rows = replay_rows(
+            source,
+            self._tokenizer,
+            max_length=self._context,
+            most=steps * per_step,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        return ReplayStream(rows, per_step, args.seed if args.data_seed is None else args.data_seed)
 
     def _prompt_set(self, dataset: Any, name: str) -> PromptSet:
         return PromptSet(dataset, self._tokenizer, max_length=self._longest_prompt, name=name)
@@ -317,8 +479,10 @@ class PPOTrainer(transformers.Trainer):
             rows = self.train_dataset.rows([i for batch in batches for i in batch])
             self._experience = self._roll_out(rows)
         plan = self._mini_batch(self._experience, used)
+        general = self._general_rows()
         n_tokens = float(sum(m.tokens.numel() for m in plan))
         n_fed = float(sum(m.batch.n_tokens for m in plan))
+        n_fed += sum(tree.n_tokens for batch in general for tree in batch.trees)
         if self.accelerator.num_processes > 1:
             counts = torch.tensor([n_tokens, n_fed], dtype=torch.float64, device=device)
             n_tokens, n_fed = self.accelerator.reduce(counts, reduction="sum").tolist()
@@ -326,6 +490,7 @@ class PPOTrainer(transformers.Trainer):
         return [
             PlannedStep(
                 micro_batches=plan[len(plan) * i // n : len(plan) * (i + 1) // n],
+                general=general if i == 0 else (),
                 n_tokens=n_tokens,
                 n_fed=int(n_fed) if i == 0 else 0,
                 is_first=i == 0,
@@ -334,6 +499,22 @@ class PPOTrainer(transformers.Trainer):
             )
             for i in range(n)
         ], None
+
+    def _general_rows(self) -> tuple[ReplayBatch, ...]:
+        """This process's share of the general rows of the step at hand."""
+        if self._replay is None:
+            return ()
+        # A process that has none of the rows reports the metric too: all add up the same ones.
+        nothing = torch.zeros(0, device=self.args.device)
+        self._averages.add("replay/nll", nothing, nothing)
+        return tuple(
+            replay_batches(
+                self._replay.at(self.state.global_step),
+                self._budget,
+                process=self.accelerator.process_index,
+                n_processes=self.accelerator.num_processes,
+            )
+        )
 
     def _mini_batch(self, experience: Experience, step: int) -> tuple[MicroBatch, ...]:
         """The micro-batches of one of a rollout batch's optimiser steps."""
@@ -401,9 +582,11 @@ class PPOTrainer(transformers.Trainer):
         """Sample, score, and work out what each token's advantage is."""
         started = time.perf_counter()
         args, device = self.args, self.args.device
-        sampled = self._sample(rows, args.num_generations, self._draw("sampling").getrandbits(63))
-        after_sampling = time.perf_counter()
-        scores = self._score(sampled)
+        with self._whole_weights_at_hand():
+            seed = self._draw("sampling").getrandbits(63)
+            sampled = self._sample(rows, args.num_generations, seed)
+            after_sampling = time.perf_counter()
+            scores = self._score(sampled)
         kept = [i for i, score in enumerate(scores) if score is not None]
         self._tell_failures(len(kept), len(scores))
         experience = _empty_experience(sampled, kept, device)
@@ -487,22 +670,30 @@ class PPOTrainer(transformers.Trainer):
         """Fill in log-probabilities and values; returns the reference's and the entropies (R,)."""
         reference, entropy = torch.empty_like(experience.logps), torch.empty_like(experience.logps)
         roles, temperature = self.roles, self.args.temperature
-        autocast = self.accelerator.autocast
+        autocast, policy = self.accelerator.autocast, self._called("policy")
+        passes = self._passes(experience.whole, experience, together=self.sharding.parameters)
         with torch.no_grad(), autocast(), tree_attention(roles.policy, roles.scoring):
-            for batch, tokens, _ in experience.whole:
-                found = score_answers(roles.policy, batch, roles.scoring, temperature=temperature)
-                experience.logps[tokens] = found.tokens.logprobs
-                entropy[tokens] = found.tokens.entropy
+            for (batch, tokens, _), counts in passes:
+                found = score_answers(policy, batch, roles.scoring, temperature=temperature)
+                if counts:
+                    experience.logps[tokens] = found.tokens.logprobs
+                    entropy[tokens] = found.tokens.entropy
         with (
             roles.as_reference() as model,
             autocast(),
             tree_attention(model, roles.reference_scoring),
         ):
-            for batch, tokens, _ in experience.whole:
+            called = policy if model is roles.policy else model
+            for (batch, tokens, _), counts in passes:
                 found = score_answers(
-                    model, batch, roles.reference_scoring, statistics=False, temperature=temperature
+                    called,
+                    batch,
+                    roles.reference_scoring,
+                    statistics=False,
+                    temperature=temperature,
                 )
-                reference[tokens] = found.tokens.logprobs
+                if counts:
+                    reference[tokens] = found.tokens.logprobs
         if roles.value is not None:
             with (
                 torch.no_grad(),
@@ -510,10 +701,11 @@ class PPOTrainer(transformers.Trainer):
                 autocast(),
                 tree_attention(value.model, value.scoring),
             ):
-                for batch, tokens, _ in experience.whole:
-                    experience.values[tokens] = answer_states(
-                        value, batch, value.scoring, batch.predictor
-                    )
+                called = self._called("value")
+                for (batch, tokens, _), counts in passes:
+                    states = answer_states(called, batch, value.scoring, batch.predictor)
+                    if counts:
+                        experience.values[tokens] = states
         return reference, entropy
 
     def kl_penalties(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -644,83 +836,155 @@ class PPOTrainer(transformers.Trainer):
             self.optimizer.train()
         if inputs.is_first:
             self.roles.zero_grad()
+        together = self.sharding.gradients
         total = torch.zeros((), device=self.args.device)
-        if inputs.micro_batches:
-            total += self._policy_passes(inputs)
-            if self.roles.value is not None:
-                total += self._value_passes(inputs)
-        if inputs.is_last and self.accelerator.num_processes > 1:
+        # Before the answers: those may be on every process, and the last pass is.
+        batches: list[AnyBatch] = [*inputs.general, *inputs.micro_batches]
+        if batches or together:
+            passes = self._passes(batches, self._held(), together=together)
+            total += self._policy_passes(model, inputs, passes)
+        if self.roles.value is not None and (inputs.micro_batches or together):
+            of_value = self._passes(inputs.micro_batches, self._held(), together=together)
+            total += self._value_passes(model, inputs, of_value)
+        if inputs.is_last and self.accelerator.num_processes > 1 and not together:
             self._sum_gradients()
         return total * self.accelerator.num_processes
 
-    def _policy_passes(self, step: PlannedStep) -> Tensor:
-        roles, experience = self.roles, self._held()
-        found = []
+    def _policy_passes(
+        self, model: Any, step: PlannedStep, passes: Sequence[tuple[AnyBatch, bool]]
+    ) -> Tensor:
+        roles, called = self.roles, self._called("policy", model)
+        found: list[PolicyLosses] = []
+        total = torch.zeros((), device=self.args.device)
         with tree_attention(roles.policy, roles.scoring):
-            for batch, tokens, answers in step.micro_batches:
-                with self.accelerator.autocast():
-                    scores = score_answers(
-                        roles.policy,
-                        batch,
-                        roles.scoring,
-                        statistics=False,
-                        temperature=self.args.temperature,
-                    )
-                losses = clipped_policy_losses(
-                    scores.tokens.logprobs,
-                    experience.logps[tokens],
-                    experience.advantages[tokens],
-                    clip=self.args.cliprange,
-                )
-                loss = losses.losses.sum() / step.n_tokens
-                self._check_finite(loss, losses.losses, batch, answers)
-                self.accelerator.backward(loss)
-                found.append(
-                    (losses.losses.detach(), losses.ratio, losses.clipped, losses.approx_kl)
-                )
-        loss, ratio, clipped, approx_kl = (torch.cat(part) for part in zip(*found, strict=True))
-        if step.policy_unchanged:
-            self._check_ratio(ratio)
-        ones = torch.ones_like(ratio)
-        self._averages.add("loss/policy", loss, ones)
-        self._averages.add("policy/ratio", ratio, ones)
-        self._averages.add("policy/clipfrac", clipped.double(), ones)
-        self._averages.add("policy/approxkl", approx_kl, ones)
-        return loss.sum() / step.n_tokens
+            for index, (batch, counts) in enumerate(passes):
+                last = roles.value is None and index == len(passes) - 1
+                with self._one_of_the_passes(model, step, counts, last=last) as backward:
+                    if isinstance(batch, ReplayBatch):
+                        loss = self._replay_loss(called, batch)
+                    else:
+                        losses = self._clipped_losses(called, batch)
+                        loss = losses.losses.sum() / step.n_tokens
+                        self._check_finite(loss, losses.losses, batch)
+                    if index == 0 and step.is_first:
+                        forget_gradients(self.accelerator)
+                    backward(loss)
+                if counts:
+                    total += loss.detach()
+                    if isinstance(batch, MicroBatch):
+                        found.append(losses)
+        if found:
+            loss, ratio, clipped, approx_kl = (torch.cat(part) for part in zip(*found, strict=True))
+            if step.policy_unchanged:
+                self._check_ratio(ratio)
+            ones = torch.ones_like(ratio)
+            self._averages.add("loss/policy", loss.detach(), ones)
+            self._averages.add("policy/ratio", ratio, ones)
+            self._averages.add("policy/clipfrac", clipped.double(), ones)
+            self._averages.add("policy/approxkl", approx_kl, ones)
+        return total
 
-    def _value_passes(self, step: PlannedStep) -> Tensor:
-        experience, found = self._held(), []
+    def _clipped_losses(self, called: Any, micro_batch: MicroBatch) -> PolicyLosses:
+        batch, tokens, _ = micro_batch
+        experience, scoring = self._held(), self.roles.scoring
+        with self.accelerator.autocast():
+            scores = score_answers(
+                called, batch, scoring, statistics=False, temperature=self.args.temperature
+            )
+        return clipped_policy_losses(
+            scores.tokens.logprobs,
+            experience.logps[tokens],
+            experience.advantages[tokens],
+            clip=self.args.cliprange,
+        )
+
+    def _replay_loss(self, called: Any, general: ReplayBatch) -> Tensor:
+        """The share of general rows in the step's weighted mean NLL a token, at temperature 1."""
+        scoring, args = self.roles.scoring, self.args
+        batch = scoring.batch(general.trees, self._pad_token_id).to(args.device)
+        with self.accelerator.autocast():
+            nll = -score_answers(called, batch, scoring, statistics=False).tokens.logprobs
+        bad = batch.answer_of[~torch.isfinite(nll.detach())].unique().tolist()
+        if bad:
+            rows = ", ".join(repr(self._shown(general.trees[i].answers[0][:20])) for i in bad[:3])
+            raise TrainingError(
+                f"the loss of {len(bad)} general rows is not finite at step "
+                f"{self.state.global_step + 1}; the weights are as they were after step "
+                f"{self.state.global_step}. Lower the learning rate, or train in float32. The rows "
+                f"begin with {rows}."
+            )
+        self._averages.add("replay/nll", nll.detach(), torch.ones_like(nll))
+        return args.replay_weight * nll.sum() / general.n_learned
+
+    def _value_passes(
+        self, model: Any, step: PlannedStep, passes: Sequence[tuple[MicroBatch, bool]]
+    ) -> Tensor:
+        experience, called = self._held(), self._called("value", model)
+        found: list[ValueLosses] = []
         with self.roles.as_value() as value, tree_attention(value.model, value.scoring):
-            for batch, tokens, answers in step.micro_batches:
-                with self.accelerator.autocast():
-                    values = answer_states(value, batch, value.scoring, batch.predictor)
-                losses = clipped_value_losses(
-                    values,
-                    experience.values[tokens],
-                    experience.returns[tokens],
-                    clip=self.args.cliprange_value,
-                )
-                loss = losses.losses.sum() / step.n_tokens
-                self._check_finite(loss, losses.losses, batch, answers)
-                self.accelerator.backward(loss)
-                found.append((losses.losses.detach(), losses.clipped))
-        loss, clipped = (torch.cat(part) for part in zip(*found, strict=True))
+            for index, (micro_batch, counts) in enumerate(passes):
+                batch, tokens, _ = micro_batch
+                last = index == len(passes) - 1
+                with self._one_of_the_passes(model, step, counts, last=last) as backward:
+                    with self.accelerator.autocast():
+                        values = answer_states(called, batch, value.scoring, batch.predictor)
+                    losses = clipped_value_losses(
+                        values,
+                        experience.values[tokens],
+                        experience.returns[tokens],
+                        clip=self.args.cliprange_value,
+                    )
+                    loss = losses.losses.sum() / step.n_tokens
+                    self._check_finite(loss, losses.losses, micro_batch)
+                    if index == 0 and step.is_first:
+                        forget_gradients(self.accelerator)
+                    backward(loss)
+                if counts:
+                    found.append(losses)
+        if not found:
+            return torch.zeros((), device=self.args.device)
+        loss, clipped = (torch.cat(part).detach() for part in zip(*found, strict=True))
         ones = torch.ones_like(loss)
         self._averages.add("loss/value", loss, ones)
         self._averages.add("value/clipfrac", clipped.double(), ones)
         return loss.sum() / step.n_tokens
+
+    @contextlib.contextmanager
+    def _one_of_the_passes(
+        self, model: Any, step: PlannedStep, counts: bool, *, last: bool
+    ) -> Iterator[Callable[[Tensor], None]]:
+        """A forward and backward pass of an optimiser step; yields what runs the backward pass.
+
+        Args:
+            model: as the loop hands it to a step.
+            step: which.
+            counts: False for a pass that only keeps step with other processes.
+            last: whether it is the last one of this call.
+        """
+        accelerator = self.accelerator
+        if not self.sharding.gradients:
+            yield accelerator.backward
+            return
+        # Processes average their gradients; the step's mean is over the tokens of all of them.
+        share = float(accelerator.num_processes) if counts else 0.0
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        with (
+            pass_of_step(accelerator, model, self.sharding, last=last),
+            clipped_by_group(accelerator, self._largest_norms()) as norms,
+        ):
+            yield lambda loss: accelerator.backward(loss * share, **options)
+        if norms:
+            self._norms = norms
 
     def _held(self) -> Experience:
         if self._experience is None:
             raise TrainingError("there is no rollout batch to learn from.")
         return self._experience
 
-    def _check_finite(
-        self, loss: Tensor, losses: Tensor, batch: Any, answers: Sequence[int]
-    ) -> None:
+    def _check_finite(self, loss: Tensor, losses: Tensor, micro_batch: MicroBatch) -> None:
         if bool(torch.isfinite(loss)):
             return
-        experience = self._held()
+        experience, (batch, _, answers) = self._held(), micro_batch
         of_answer = sum_by_answer(losses.detach(), batch.answer_of, batch.n_answers)
         sums = torch.zeros(len(experience.answer_ids), device=losses.device)
         sums[torch.tensor(answers, device=losses.device)] = of_answer
@@ -743,7 +1007,7 @@ class PPOTrainer(transformers.Trainer):
     @property
     def _low_precision(self) -> bool:
         half = next(self.model.parameters()).dtype.itemsize < 4
-        return bool(self.args.bf16 or self.args.fp16 or half)
+        return bool(half or self.args.mixed_precision != "no")
 
     def _check_ratio(self, ratio: Tensor) -> None:
         """Before a step was taken on a rollout batch, the policy is the one that sampled."""
@@ -785,19 +1049,27 @@ class PPOTrainer(transformers.Trainer):
             ]
             decay = {"weight_decay": args.weight_decay}
             self.optimizer = kind([g | decay for g in groups if g["params"]], **options)
-        return self.optimizer
+        return super().create_optimizer(model)
+
+    def _largest_norms(self) -> list[float]:
+        """To which the gradients of policy and value are clipped, each by itself."""
+        args = self.args
+        of_value = args.value_max_grad_norm or args.max_grad_norm
+        return [args.max_grad_norm, *([of_value] if self.roles.value_parameters() else [])]
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip policy and value each by itself; returns the policy's norm before."""
-        args, value = self.args, self.roles.value_parameters()
-        if value:
-            most = args.value_max_grad_norm or args.max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(value, most)
+        groups = [self.roles.policy_parameters(), self.roles.value_parameters()]
+        if not self.is_deepspeed_enabled:  # which has stepped already
+            clip = torch.nn.utils.clip_grad_norm_
+            self._norms = [
+                unsharded(clip(group, limit))
+                for group, limit in zip(groups, self._largest_norms(), strict=False)
+            ]
+        policy, *value = self._norms
+        for norm in value:
             self._averages.add("value/grad_norm", norm[None], torch.ones_like(norm)[None])
-        found: Tensor = torch.nn.utils.clip_grad_norm_(
-            self.roles.policy_parameters(), args.max_grad_norm
-        )
-        return found
+        return policy
 
     # --- Logs and evaluation ---------------------------------------------------------------------
 
@@ -831,6 +1103,8 @@ class PPOTrainer(transformers.Trainer):
         averages = Averages()
         if len(share):
             self._evaluate_rows(given.rows(list(share)), averages)
+        elif self.sharding.parameters:  # which every process must help to run
+            self._evaluate_rows(given.rows([0]), Averages())
         metrics = {
             f"{metric_key_prefix}_{n}": v for n, v in averages.read(self.accelerator).items()
         }
@@ -845,22 +1119,21 @@ class PPOTrainer(transformers.Trainer):
 
     def _evaluate_rows(self, rows: Sequence[PromptRow], averages: Averages) -> None:
         device = self.args.device
-        sampled = self._sample(rows, 1, self.args.seed + 1)
-        scores = self._score(sampled)
+        with self._whole_weights_at_hand():
+            sampled = self._sample(rows, 1, self.args.seed + 1)
+            scores = self._score(sampled)
         kept = [i for i, score in enumerate(scores) if score is not None]
         asked = torch.tensor([float(len(scores))], device=device)
         averages.add("failed", 1 - len(kept) / asked, asked)
-        if not kept:
-            return
-        experience = _empty_experience(sampled, kept, device)
-        experience.whole = self._plan(experience, range(len(kept)))
+        experience = _empty_experience(sampled, range(len(scores)), device)
+        experience.whole = self._plan(experience, range(len(scores)))
         reference, _ = self._score_experience(experience)
-        kl = sum_by_answer(experience.logps - reference, experience.answer_of, len(kept))
+        kl = sum_by_answer(experience.logps - reference, experience.answer_of, len(scores))[kept]
         score = torch.tensor([float(scores[i] or 0.0) for i in kept], device=device)
         ones = torch.ones_like(score)
         averages.add("scores", score, ones)
         averages.add("kl", kl, ones)
-        averages.add("length", experience.lengths.double(), ones)
+        averages.add("length", experience.lengths[kept].double(), ones)
         ended = torch.tensor([sampled.ended[i] for i in kept], device=device).double()
         averages.add("ended", ended, ones)
 
@@ -869,7 +1142,7 @@ class PPOTrainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.roles.save(folder)
+        self.roles.save(folder, state_dict if self.sharding.gradients else None)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
@@ -887,6 +1160,14 @@ class PPOTrainer(transformers.Trainer):
                 f"{folder} is no checkpoint of PPOTrainer: {_STATE_FILE} cannot be read ({error})."
             ) from error
 
+    def _is_saved(self, name: str, parameter: Any) -> bool:
+        trained = (f".{self.roles.adapter}.", f".{VALUE}.")
+        return (
+            not self.roles.one_base
+            or name.startswith("value_head.")
+            or any(mark in name for mark in trained)
+        )
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
@@ -896,11 +1177,12 @@ class PPOTrainer(transformers.Trainer):
     def floating_point_ops(self, inputs: PlannedStep) -> int:
         """Six a parameter and token fed, for the policy."""
         fed = sum(m.batch.n_tokens for m in inputs.micro_batches)
+        fed += sum(tree.n_tokens for batch in inputs.general for tree in batch.trees)
         return 6 * fed * self._n_parameters
 
     @functools.cached_property
     def _n_parameters(self) -> int:
-        return int(base_model(self.model).num_parameters(exclude_embeddings=True))
+        return n_parameters(base_model(self.roles.policy))
 
 
 class _CheckpointsBetweenRollouts(transformers.TrainerCallback):

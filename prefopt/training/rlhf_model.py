@@ -8,7 +8,7 @@ Adapters of their own for policy and value do better than one that both share (S
 arXiv:2309.00754). PEFT decides by the active adapter what trains, silently: activating one freezes all
 others, and a backward pass after a switch gives no gradients and no error. So roles change only inside
 `as_value` and `as_reference`, whose blocks hold forward and backward passes together, and what
-trains is put back when they end.
+trains is let train at every change.
 
 Knows nothing of losses, rewards or the training loop.
 """
@@ -62,11 +62,9 @@ class RLHFModel:
                 self.reference_scoring = replace(self.reference_scoring, fused=fused)
         if value is not None:
             value.scoring = self.scoring if value.model is policy else choose_scoring(value.model)
-        self._policy_parameters = [
-            p for n, p in policy.named_parameters() if self._is_policys(n, p)
-        ]
-        self._value_parameters = [] if value is None else self._of_value(value)
-        self.restore()
+        self._policy_names = [n for n, p in policy.named_parameters() if self._is_policys(n, p)]
+        self._value_names = [] if value is None else self._names_of_value(value)
+        self.look_again()
 
     def _is_policys(self, name: str, parameter: nn.Parameter) -> bool:
         # By name where there are adapters: which one PEFT lets train right now says nothing.
@@ -74,14 +72,24 @@ class RLHFModel:
             return bool(parameter.requires_grad)
         return f".{self.adapter}." in name
 
-    def _of_value(self, value: RewardModel) -> list[nn.Parameter]:
+    def _names_of_value(self, value: RewardModel) -> list[str]:
         mark = None if value.adapter is None else f".{value.adapter}."
-        body = [
-            p
+        return [
+            n
             for n, p in value.model.named_parameters()
             if (p.requires_grad if mark is None else mark in n)
         ]
-        return [*body, *value.head.parameters()]
+
+    def look_again(self) -> None:
+        """Find out which parameters train now: who shards a model may put others in their place."""
+        of_policy = dict(self.policy.named_parameters())
+        self._policy_parameters = [of_policy[name] for name in self._policy_names]
+        self._value_parameters: list[nn.Parameter] = []
+        if self.value is not None:
+            of_value = dict(self.value.model.named_parameters())
+            self._value_parameters = [of_value[name] for name in self._value_names]
+            self._value_parameters += self.value.head.parameters()
+        self.restore()
 
     @property
     def one_base(self) -> bool:
@@ -100,6 +108,9 @@ class RLHFModel:
         """The policy's adapter active, and exactly what trains requiring gradients."""
         if self.adapter is not None and _active(self.policy) != self.adapter:
             self.policy.set_adapter(self.adapter)
+        self._let_train()
+
+    def _let_train(self) -> None:
         for parameter in (*self._policy_parameters, *self._value_parameters):
             parameter.requires_grad_(True)
 
@@ -110,6 +121,8 @@ class RLHFModel:
             raise ModelError("there is no value model: these advantages need none.")
         if self.value.model is self.policy:
             self.policy.set_adapter(VALUE)
+            # A weight that is gathered for the value may be the one that the policy goes on with.
+            self._let_train()
         try:
             yield self.value
         finally:
@@ -131,16 +144,28 @@ class RLHFModel:
 
     # --- Saving ----------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
-        """The policy as any adapter or model is saved, and the value in the folder `value`."""
+    def save(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """The policy as any adapter or model is saved, and the value in the folder `value`.
+
+        Args:
+            folder: where to.
+            weights: to write instead of the models' own, by their names in `TrainedRoles`.
+        """
         folder = Path(folder)
+        own = None if weights is None else _under("policy.", weights)
         if self.adapter is None:
-            self.policy.save_pretrained(folder)
+            self.policy.save_pretrained(folder, state_dict=own)
         else:
-            self.policy.save_pretrained(folder, selected_adapters=[self.adapter])
-        if self.value is not None:
-            (folder / VALUE).mkdir(parents=True, exist_ok=True)
-            self.value.write(folder / VALUE)
+            self.policy.save_pretrained(folder, selected_adapters=[self.adapter], state_dict=own)
+        if self.value is None:
+            return
+        (folder / VALUE).mkdir(parents=True, exist_ok=True)
+        of_value = None
+        if weights is not None and own is not None:
+            body = own if self.value.model is self.policy else _under("value_model.", weights)
+            of_value = {f"model.{n}": w for n, w in body.items()}
+            of_value |= {f"head.{n}": w for n, w in _under("value_head.", weights).items()}
+        self.value.write(folder / VALUE, of_value)
 
     def load(self, folder: str | Path) -> None:
         """The weights that `save` wrote, into this model.
@@ -151,7 +176,9 @@ class RLHFModel:
         folder = Path(folder)
         try:
             if self.adapter is None:
-                saved = type(self.policy).from_pretrained(folder, dtype=self.policy.dtype)
+                saved = type(self.policy).from_pretrained(
+                    folder, dtype=self.policy.dtype, use_safetensors=True
+                )
                 self.policy.load_state_dict(saved.state_dict())
             else:
                 of_policy = folder if self.adapter == "default" else folder / self.adapter
@@ -161,6 +188,51 @@ class RLHFModel:
         if self.value is not None:
             self.value.read_weights(folder / VALUE)
         self.restore()
+
+
+class TrainedRoles(nn.Module):
+    """Policy and value as one module, for FSDP and DeepSpeed, which shard one.
+
+    Args:
+        roles: whose policy and value it calls.
+    """
+
+    def __init__(self, roles: RLHFModel) -> None:
+        super().__init__()
+        self.policy, self._roles = roles.policy, roles
+        if roles.value is not None:
+            self.value_head = roles.value.head
+            if roles.value.model is not roles.policy:
+                self.value_model = roles.value.model
+
+    def forward(self, *, role: str = "policy", **inputs: Any) -> Any:
+        """What the policy returns, or, for the role "value", the value."""
+        value = self._roles.value
+        return self.policy(**inputs) if role == "policy" or value is None else value(**inputs)
+
+    def get_base_model(self) -> Any:
+        """The policy's causal language model, without adapters."""
+        return base_model(self.policy)
+
+    @property
+    def config(self) -> Any:
+        """The policy's."""
+        return base_model(self.policy).config
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The policy's layers, which FSDP gathers one by one."""
+        return getattr(base_model(self.policy), "_no_split_modules", None)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the models'."""
+        self.policy.gradient_checkpointing_enable(*args, **kwargs)
+        if hasattr(self, "value_model"):
+            self.value_model.gradient_checkpointing_enable(*args, **kwargs)
+
+
+def _under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
 
 
 def build_roles(

@@ -13,11 +13,12 @@ DeepSpeed. Knows no loss and no data.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Row = TypeVar("Row")
 
@@ -161,7 +162,142 @@ def pass_of_step(accelerator: Any, model: Any, sharding: Sharding, *, last: bool
         accelerator.sync_gradients = before
 
 
+# --- Steps on several groups of parameters -------------------------------------------------------
+
+
+def forget_gradients(accelerator: Any) -> None:
+    """Let what has no gradient of this step yet begin at 0; call it before the backward pass.
+
+    ZeRO-3 does so at a step's first backward pass only, which is not every parameter's first
+    (DeepSpeed 0.19).
+    """
+    optimizer = _zero_optimizer(accelerator)
+    if optimizer is not None and hasattr(optimizer, "micro_step_id"):
+        optimizer.micro_step_id = 0
+
+
+@contextlib.contextmanager
+def clipped_by_group(accelerator: Any, limits: Sequence[float]) -> Iterator[list[Tensor]]:
+    """Within the block DeepSpeed's step clips each of the optimiser's groups by itself.
+
+    Args:
+        accelerator: which may use anything else: then nothing happens.
+        limits: the largest norm of each group's gradient.
+
+    Yields:
+        a list that holds the groups' norms after the step.
+    """
+    norms: list[Tensor] = []
+    optimizer = _zero_optimizer(accelerator)
+    if optimizer is None:
+        yield norms
+        return
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    own, clip = engine.step, optimizer.clip_grad
+
+    def step(*args: Any, **kwargs: Any) -> None:
+        norms.extend(_clip_groups(accelerator, optimizer, limits))
+        optimizer.clip_grad = 0.0
+        own(*args, **kwargs)
+
+    engine.step = step
+    try:
+        yield norms
+    finally:
+        del engine.step
+        optimizer.clip_grad = clip
+
+
+def _clip_groups(accelerator: Any, optimizer: Any, limits: Sequence[float]) -> Tensor:
+    """Scale this process's shares of the gradients; returns the groups' norms."""
+    of = getattr(optimizer, "sub_group_to_group_id", None)  # ZeRO-3 parts groups further
+    shares: list[list[Tensor]] = [[] for _ in limits]
+    for i in range(len(optimizer.bit16_groups if of is None else optimizer.fp16_groups)):
+        shares[i if of is None else of[i]] += optimizer.averaged_gradients[i]
+    squares = torch.stack(
+        [torch.stack([g.double().square().sum() for g in share]).sum() for share in shares]
+    )
+    norms: Tensor = accelerator.reduce(squares, reduction="sum").sqrt()
+    for share, norm, limit in zip(shares, norms, limits, strict=True):
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for gradient in share:
+            gradient.mul_(factor.to(gradient.dtype))
+    return norms
+
+
+def _zero_optimizer(accelerator: Any) -> Any:
+    engine = getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+    return None if engine is None else engine.optimizer
+
+
 # --- Whole weights and optimiser states ----------------------------------------------------------
+
+
+class WholeCopy:
+    """A model's structure, whose weights are there, whole, while `filled` says so.
+
+    What shards cannot do, such as generating a token at a time, is done on it: weights are gathered
+    once, and not with every forward pass.
+
+    Args:
+        model: before it is sharded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+            for p in model.parameters()
+        }
+        self._empty = {name: memo[id(p)] for name, p in model.named_parameters()}
+        self.model = copy.deepcopy(model, memo)
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                # A tied weight is in several places.
+                self._places.setdefault(id(parameter), []).append((module, name))
+
+    @contextlib.contextmanager
+    def filled(self, model: Any, accelerator: Any) -> Iterator[Any]:
+        """Within the block the copy has the model's weights; all processes must enter it together.
+
+        Args:
+            model: the sharded one.
+            accelerator: that sharded it, and says on which device and in which precision it computes.
+        """
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(accelerator.device))
+        dtype = _multiplied_in(accelerator)
+        try:
+            for name, parameter in model.named_parameters():
+                whole = _gathered(parameter).to(accelerator.device, dtype or parameter.dtype)
+                self._put(name, nn.Parameter(whole, requires_grad=False))
+            yield self.model
+        finally:
+            for name, empty in self._empty.items():
+                self._put(name, empty)
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        for module, own in self._places[id(self._empty[name])]:
+            setattr(module, own, parameter)
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """A parameter whole, as it is multiplied; all processes must call it."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole: Tensor = parameter.detach().clone()
+            return whole
+    found: Tensor = unsharded(parameter.detach())
+    return found
+
+
+def _multiplied_in(accelerator: Any) -> Any:
+    """The dtype to which FSDP2 casts weights for a forward pass, if it does."""
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    return getattr(getattr(fsdp, "mixed_precision_policy", None), "param_dtype", None)
 
 
 def whole_weights(
@@ -200,7 +336,7 @@ def _whole(parameter: Any) -> Tensor:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
-    return _full(parameter)
+    return unsharded(parameter)
 
 
 def _in_float32(parameter: Any) -> bool:
@@ -208,7 +344,8 @@ def _in_float32(parameter: Any) -> bool:
     return getattr(parameter, "_dp_group", None) is not None
 
 
-def _full(value: Any) -> Any:
+def unsharded(value: Any) -> Any:
+    """A tensor, of a DTensor the whole of it; all processes must call it."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
@@ -225,7 +362,7 @@ def whole_optimizer_state(optimizer: Any, groups: Sequence[dict[str, Any]]) -> d
     if not _is_zero(inner):
         state = inner.state_dict()
         whole = {
-            i: {name: _on_cpu(_full(value)) for name, value in of.items()}
+            i: {name: _on_cpu(unsharded(value)) for name, value in of.items()}
             for i, of in state["state"].items()
         }
         return {"state": whole, "param_groups": state["param_groups"]}

@@ -3,15 +3,19 @@
 Also a module of cases for `processes.run_cases`.
 """
 
+import contextlib
 import copy
 import json
+import os
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt import PPOConfig, PPOTrainer
+from prefopt import PPOConfig, PPOTrainer, RewardModel
+from prefopt.training.rlhf_model import TrainedRoles
+from prefopt.training.sharding import holds_parts, whole_weights
 from tests.training.processes import fork_cases
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -107,13 +111,54 @@ def logged(trainer):
     ]
 
 
+def learned_reward(tune):
+    """A reward model, for adapters one on the policy's base."""
+    peft_config = copy.deepcopy(LORA) if tune == "lora" else None
+    reward = RewardModel.new(tiny_policy(), None, peft_config, seed=3)
+    draw = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, p in reward.model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=draw) * 0.3)
+    return reward
+
+
+def whole_trained(trainer):
+    """All that trains, whole, by its name in a module that every arrangement has; all must call it."""
+    found = whole_weights(TrainedRoles(trainer.roles), lambda name, p: p.requires_grad)
+    return {name: found[name] for name in sorted(found)}
+
+
 def train_case(folder, settings):
-    """Train, and the first process writes what came out."""
-    trainer = trained(folder / "run", ddp_backend="gloo", engine=ByPrompt(), **settings)
-    assert trainer.accelerator.num_processes == 2
+    """Train, and write what came out; all processes do it together.
+
+    `tune` is what trains, `resume` names the checkpoint to go on from, `sharded` says whether weights
+    must be.
+    """
+    tune, resume = settings.pop("tune", "full"), settings.pop("resume", None)
+    sharded = settings.pop("sharded", False)
+    peft_config = LORA if tune == "lora" else None
+    if "RANK" in os.environ:
+        settings["ddp_backend"] = "gloo"
+    trainer = make_trainer(
+        folder / "run",
+        engine=ByPrompt(),
+        reward=learned_reward(tune),
+        peft_config=peft_config,
+        eval_rows=PROMPTS[:3],
+        **settings,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    assert holds_parts(trainer.model) == sharded
+    found, evaluated = whole_trained(trainer), trainer.evaluate()
+    with trainer._whole_weights_at_hand():
+        prompts = [tuple(row["prompt_ids"]) for row in PROMPTS]
+        sampled = trainer._transformers_engine((END,)).sample(prompts, 3, seed=5)
+    trainer.save_model(str(folder / "saved"))
     if trainer.is_world_process_zero():
-        torch.save(weights(trainer), folder / "weights.pt")
+        torch.save(found, folder / "weights.pt")
         (folder / "logged.json").write_text(json.dumps(logged(trainer)))
+        (folder / "sampled.json").write_text(json.dumps([sampled, evaluated["eval_scores"]]))
 
 
 class ByPrompt:
@@ -133,4 +178,6 @@ class ByPrompt:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(ImportError):
+        import deepspeed  # noqa: F401  # once, not in every process that is forked
     fork_cases(train_case)
