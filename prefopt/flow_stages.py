@@ -217,7 +217,7 @@ def preference_stages(
         lambda _: judge_comparisons(
             (choose or pair_candidates)(candidates),
             judge,
-            ledger=run.folder / LEDGER,
+            ledger=_ledger(run),
             progress=progress,
         ),
         depends_on={
@@ -293,7 +293,7 @@ def comparison_stage(
         stage,
         JudgedComparison,
         lambda _: judge_comparisons(
-            compare_answers(tuned, base), judge, ledger=run.folder / LEDGER, progress=progress
+            compare_answers(tuned, base), judge, ledger=_ledger(run), progress=progress
         ),
         depends_on={
             "judge": judge.fingerprint,
@@ -337,6 +337,14 @@ class AdapterOff:
         """The model with its adapter off, for as long as the block lasts."""
         with self._tuned().adapter_off() as model:
             yield replace(model, name=self._name)
+
+
+def _ledger(run: Run) -> Path:
+    """The run's ledger, made before the first question so that its loss can be told."""
+    from prefopt.judges.ledger import Ledger
+
+    with Ledger(run.folder / LEDGER):
+        return run.begun(LEDGER)
 
 
 def spent_usd(ledger: Path) -> float:

@@ -74,15 +74,82 @@ def test_a_damaged_or_missing_file_is_told(tmp_path, damage, says):
         one_stage(tmp_path, [])
 
 
-def test_a_torn_manifest_is_told(tmp_path):
+@pytest.mark.parametrize("damage", [lambda p: p.write_text("{"), lambda p: p.unlink()])
+def test_what_was_damaged_is_made_again_when_that_is_asked_for(tmp_path, damage):
+    made = []
+    one_stage(tmp_path, made)
+    damage(tmp_path / "prompts.jsonl")
+    assert one_stage(tmp_path, made, on_change="redo") == prompts()
+    assert len(made) == 2
+    assert one_stage(tmp_path, made) == prompts()
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "run.json"])
+@pytest.mark.parametrize("content", ["{", "", '{"stages": 3}', "\0" * 40])
+def test_a_torn_record_of_the_run_is_told_and_written_anew_on_request(tmp_path, name, content):
     one_stage(tmp_path, [])
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(RunError, match="cannot be read"):
+    before = (tmp_path / "prompts.jsonl").read_bytes()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RunError, match=r"cannot be read|another configuration") as error:
         one_stage(tmp_path, [])
+    assert name in str(error.value) or "stages" in str(error.value)
+    assert "on_change=redo" in str(error.value)
+    assert one_stage(tmp_path, [], on_change="redo") == prompts()
+    assert one_stage(tmp_path, []) == prompts()
+    kept = [p.read_bytes() for p in (tmp_path / "superseded").glob("*")]
+    assert kept == ([before] if name == "manifest.json" else [])
+
+
+def test_a_manifest_that_is_gone_removes_no_results(tmp_path):
+    one_stage(tmp_path, [])
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(RunError, match=r"manifest\.json is gone"):
+        one_stage(tmp_path, [])
+    assert (tmp_path / "prompts.jsonl").exists()
+    assert one_stage(tmp_path, [], on_change="redo") == prompts()
+    assert len(list((tmp_path / "superseded").iterdir())) == 1
+
+
+def test_what_was_there_before_the_run_is_set_aside_and_never_removed(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("somebody's own")
+    assert one_stage(tmp_path, []) == prompts()
+    (kept,) = (tmp_path / "superseded").iterdir()
+    assert kept.read_text() == "somebody's own"
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b""), lambda p: p.unlink()])
+def test_a_growing_file_that_goes_missing_is_told(tmp_path, damage):
+    ledger = tmp_path / "ledger"
+    with Run(tmp_path, CONFIG) as run:
+        ledger.write_text("verdicts")
+        assert run.begun("ledger") == ledger
+    damage(ledger)
+    with pytest.raises(RunError, match="ledger is gone or empty") as error:
+        Run(tmp_path, CONFIG)
+    assert "on_change=redo" in str(error.value)
+    with Run(tmp_path, CONFIG, on_change="redo"):
+        pass
+    with Run(tmp_path, CONFIG):
+        pass
+
+
+def test_what_a_kill_left_of_a_write_is_cleared_away(tmp_path):
+    one_stage(tmp_path, [])
+    (tmp_path / ".manifest.json.abc.tmp").write_text("half")
+    (tmp_path / ".partial").mkdir(exist_ok=True)
+    with Run(tmp_path, CONFIG) as run:
+        partial = run.partial_path("prompts", run.manifest.stages["prompts"].depends_on)
+        partial.write_text("all of it")
+    one_stage(tmp_path, [])
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert not partial.exists()
 
 
 def test_a_file_without_a_manifest_entry_is_made_again(tmp_path):
     """The kill fell between the file and the manifest."""
+    with Run(tmp_path, CONFIG):
+        pass
     (tmp_path / "prompts.jsonl").write_text("anything")
     made = []
     assert one_stage(tmp_path, made) == prompts()

@@ -7,6 +7,7 @@ every bad line at once, with its number. This module knows no stage and no meani
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -25,8 +26,8 @@ T = TypeVar("T")
 def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the block ends without an error.
 
-    The content is flushed to disk before the rename. Raises DataError naming the folder when it
-    cannot be written (read-only, full disk).
+    The content is on the disk before the rename, and the rename before this returns. Raises DataError
+    naming the file when it cannot be written (read-only, full disk).
     """
     path = Path(path)
     try:
@@ -41,10 +42,11 @@ def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~current_umask())
         os.replace(name, path)
+        _keep(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it has another name, or the disk gave way
             os.unlink(name)
 
 
@@ -52,21 +54,95 @@ def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into that takes the place of `folder` when the block ends without error.
 
+    What was written is on the disk by then, whichever library wrote it.
+
     Raises:
         DataError: it cannot be written.
     """
     temporary = folder.with_name(folder.name + ".tmp")
-    try:
+    with disk_errors_told(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        try:
+            yield temporary
+            keep_files(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            _keep(folder.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def keep_files(folder: Path) -> None:
+    """Have everything in a folder on the disk, so that a power cut finds it whole.
+
+    Raises:
+        OSError: the disk is full, or gives way.
+    """
+    for path in folder.rglob("*"):
+        _keep(path)
+    _keep(folder)
+
+
+def _keep(path: Path) -> None:
+    """Flush one file, or the names in one folder, where the system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # not everywhere may a folder be opened
+        return
+    try:
+        os.fsync(handle)
     except OSError as error:
-        raise unwritable(folder, error) from error
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(handle)
 
 
-def unwritable(path: Path, error: OSError) -> DataError:
+_DISK_TROUBLE = tuple(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EACCES", "EPERM", "EFBIG", "ESTALE")
+    if hasattr(errno, name)
+)
+
+
+@contextlib.contextmanager
+def disk_errors_told(path: str | Path) -> Iterator[None]:
+    """Turn a disk's errors in the block into DataError, whichever library meets them.
+
+    Args:
+        path: what the block writes, where the error does not name a file.
+
+    Raises:
+        DataError: the disk is full, read-only or broken. All other errors are passed on.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        raise unwritable(Path(trouble.filename or path), trouble) from error
+
+
+def disk_trouble(error: BaseException) -> OSError | None:
+    """The error as the system's own, where it says that a disk is full, read-only or broken."""
+    if isinstance(error, OSError):
+        return error if error.errno in _DISK_TROUBLE else None
+    said = str(error)
+    for number in _DISK_TROUBLE:
+        # Libraries written in other languages pass on the system's words and no number.
+        if os.strerror(number) in said:
+            return OSError(number, os.strerror(number))
+    if "PytorchStreamWriter failed" in said or "unexpected pos" in said:
+        return OSError(f"the disk is full or broken ({said.splitlines()[0][:120]})")
+    return None
+
+
+def unwritable(path: str | Path, error: OSError) -> DataError:
     """The error for a file that could not be written, with what to do about it."""
     return DataError(
         f"cannot write {path}: {error.strerror or error}. What was finished before is kept; free "
@@ -118,6 +194,8 @@ def iter_records(path: str | Path, record_type: type[T]) -> Iterator[T]:
                     continue
                 try:
                     yield decoder.decode(line)
+                except RecursionError:
+                    problems.append(f"line {number}: nested too deeply to be read")
                 except (msgspec.MsgspecError, ValueError) as error:
                     problems.append(f"line {number}: {error}")
     except OSError as error:
