@@ -420,6 +420,7 @@ class AnthropicJudge(ApiJudge):
             usage=self._usage(message.usage, worst_tokens, max_tokens, discount),
             stop_reason=message.stop_reason,
             request_id=request_id,
+            model=message.model if isinstance(message.model, str) else None,
             remaining=remaining,
         )
 
@@ -509,6 +510,7 @@ class Message(msgspec.Struct, frozen=True):
 
     type: Literal["message"]
     content: list[dict[str, Any]]
+    model: Any = None
     stop_reason: str | None = None
     stop_details: dict[str, Any] | None = None
     usage: MessageUsage | None = None

@@ -71,6 +71,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
     stop_reason: str | None = None
     request_id: str | None = None
+    model: str | None = None
+    """Which model the service says has answered."""
     remaining: int | None = None
     """How many more requests the service says it takes for now."""
 
@@ -689,6 +691,7 @@ def answered(reply: Reply, outcome: str = "answered", **fields: Any) -> Attempt:
     return Attempt(
         outcome=outcome,
         request_id=reply.request_id,
+        model=reply.model,
         stop_reason=reply.stop_reason,
         reply=reply.text,
         input_tokens=reply.usage.input_tokens,

@@ -79,6 +79,7 @@ def judge_stream(
             "whose __iter__ opens its source again."
         )
     with Ledger(ledger) as book:
+        book.check()
         n = len(comparisons) * (1 + (orders == "both")) if isinstance(comparisons, Sized) else None
         ask_missing(_Shown(comparisons, orders), judge, book, total=n, progress=progress)
         yield from collect_judged(comparisons, judge, book, orders)

@@ -3,7 +3,8 @@
 What is asked of a judge is named by a key that covers everything that can change the answer. The
 ledger says whether a key is answered, hands each unanswered key to one process at a time, keeps the
 money limit for all of them together, and remembers what was under way when a process died. Verdicts
-and replies are only ever added; a failure is recorded but never satisfies a key.
+and replies are only ever added; a failure is recorded but never satisfies a key. Every verdict has a
+checksum, since SQLite has none: a damaged one is told and asked again, never used.
 
 Several processes of one machine may use a ledger at once. It knows nothing of judges, prompts or
 how a question is sent.
@@ -12,13 +13,16 @@ how a question is sent.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
+import logging
 import os
 import secrets
 import sqlite3
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +34,8 @@ from filelock import FileLock, Timeout
 from prefopt.errors import DataError
 from prefopt.types import Verdict
 
+logger = logging.getLogger(__name__)
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS questions (
     key TEXT PRIMARY KEY, judge TEXT NOT NULL, comparison_id TEXT NOT NULL, shown TEXT NOT NULL
@@ -39,12 +45,13 @@ CREATE TABLE IF NOT EXISTS attempts (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, owner TEXT NOT NULL, outcome TEXT NOT NULL,
     transport TEXT NOT NULL, batch TEXT, request_id TEXT, stop_reason TEXT, request TEXT, reply TEXT,
     input_tokens INTEGER, output_tokens INTEGER, cost_usd REAL, unknown_usd REAL NOT NULL DEFAULT 0,
-    problem TEXT, ended_at REAL NOT NULL
+    problem TEXT, ended_at REAL NOT NULL, model TEXT
 );
 CREATE INDEX IF NOT EXISTS truncated_by_key ON attempts (key) WHERE outcome = 'truncated';
 CREATE TABLE IF NOT EXISTS verdicts (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, judge TEXT NOT NULL, owner TEXT NOT NULL,
-    failure TEXT, cost_usd REAL NOT NULL, verdict TEXT NOT NULL, recorded_at REAL NOT NULL
+    failure TEXT, cost_usd REAL NOT NULL, verdict TEXT NOT NULL, recorded_at REAL NOT NULL,
+    checksum INTEGER
 );
 CREATE INDEX IF NOT EXISTS verdicts_by_key ON verdicts (key, failure);
 CREATE TABLE IF NOT EXISTS claims (
@@ -62,7 +69,21 @@ CREATE TABLE IF NOT EXISTS money (
 );
 INSERT OR IGNORE INTO money VALUES (1, 0, 0, 0);
 """
-_VERSION = 2
+_VERSION = 3
+
+# What version 2 lacks. A verdict without a checksum is one that version 2 wrote.
+_FROM_VERSION_2 = """
+ALTER TABLE attempts ADD COLUMN model TEXT;
+ALTER TABLE verdicts ADD COLUMN checksum INTEGER;
+"""
+
+_DAMAGED = "damaged"
+"""In place of a failure: a verdict whose checksum does not fit any more."""
+
+_WAY_OUT = (
+    "Restore it from a copy. Without one, `sqlite3 FILE .recover` may save most of it; or move it "
+    "away, and its questions are asked, and paid for, again."
+)
 
 Claimed = Literal["claimed", "ours", "answered", "taken", "no_money"]
 """What came of asking for a key: it is ours to ask, it is ours and under way already, it has its
@@ -89,6 +110,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     transport: str = "sync"
     batch: str | None = None
     request_id: str | None = None
+    model: str | None = None
     stop_reason: str | None = None
     request: str | None = None
     reply: str | None = None
@@ -123,7 +145,7 @@ class Ledger:
     """A context manager over one ledger file; with `path=None` over a private temporary one.
 
     Raises:
-        DataError: the file cannot be opened or written, or is not a ledger of this version.
+        DataError: the file cannot be opened or written, is damaged, or is no ledger.
     """
 
     outcome_type: ClassVar[Any] = Verdict
@@ -152,9 +174,9 @@ class Ledger:
                 raise
         except (sqlite3.Error, OSError) as error:
             raise DataError(
-                f"cannot open the judgement ledger {path}: {error}. Verdicts are paid for once and "
-                "kept here, so nothing is asked without it; choose a writable folder, or restore the "
-                "file where it was damaged."
+                f"cannot open the judgement ledger {path}: {_why(error)}. Verdicts are paid for once "
+                "and kept here, so nothing is asked without it; free space or choose a writable "
+                f"folder. Is the file itself damaged? {_WAY_OUT}"
             ) from error
         if path is not None:
             self._alive = FileLock(self._life_sign(self.owner))
@@ -169,7 +191,14 @@ class Ledger:
         # In this order: another process may be making the tables just now.
         tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master")}
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if tables and version != _VERSION:
+        if tables and version == 2:
+            with self._writing():
+                # Another process may have been first.
+                if self._db.execute("PRAGMA user_version").fetchone()[0] == 2:
+                    for statement in _FROM_VERSION_2.strip().split("\n"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        elif tables and version != _VERSION:
             what = "an older ledger" if "verdicts" in tables else "another program's database"
             raise DataError(
                 f"{path} is {what} (version {version}, expected {_VERSION}). Move it away, or give "
@@ -182,6 +211,43 @@ class Ledger:
                 for statement in _SCHEMA.strip().split(";\n"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
+            if path is not None:
+                # A ledger of this name is never an empty file from here on.
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def check(self) -> int:
+        """Look for damage before anything is asked; returns how many verdicts are to be asked again.
+
+        Those whose checksum does not fit count as failed from now on, and the log says so.
+
+        Raises:
+            DataError: the file is damaged in its structure.
+        """
+        if self.path is None:
+            return 0
+        problems = self._read("PRAGMA integrity_check(1)", ())
+        if problems != [("ok",)]:
+            said = str(problems[0][0]).replace("\n", " ") if problems else "no answer"
+            raise DataError(f"the judgement ledger {self.path} is damaged ({said}). {_WAY_OUT}")
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT id, key, verdict, checksum FROM verdicts WHERE failure IS NULL "
+                "AND checksum IS NOT NULL"
+            )
+            damaged = [row[0] for row in rows if _checksum(row[1], row[2]) != row[3]]
+        if damaged:
+            with self._writing():
+                self._db.executemany(
+                    "UPDATE verdicts SET failure = ? WHERE id = ?",
+                    [(_DAMAGED, row) for row in damaged],
+                )
+            logger.warning(
+                "%d verdict(s) in %s were edited or damaged (their checksums do not fit) and are "
+                "asked again. Restore the file from a copy, if there is one, to keep them.",
+                len(damaged),
+                self.path,
+            )
+        return len(damaged)
 
     def __enter__(self) -> Ledger:
         return self
@@ -384,15 +450,16 @@ class Ledger:
                     )
                 self._db.execute(
                     "INSERT INTO verdicts (key, judge, owner, failure, cost_usd, verdict, "
-                    "recorded_at) VALUES (?,?,?,?,?,?,?)",
+                    "recorded_at, checksum) VALUES (?,?,?,?,?,?,?,?)",
                     (
                         key,
                         judge,
                         self.owner,
                         verdict.failure,
                         verdict.usage.cost_usd,
-                        msgspec.json.encode(verdict).decode(),
+                        encoded := msgspec.json.encode(verdict).decode(),
                         time.time(),
+                        _checksum(key, encoded),
                     ),
                 )
                 self._unclaim(key)
@@ -406,8 +473,8 @@ class Ledger:
         self._any_truncated |= attempt.outcome == "truncated"
         self._db.execute(
             "INSERT INTO attempts (key, owner, outcome, transport, batch, request_id, stop_reason, "
-            "request, reply, input_tokens, output_tokens, cost_usd, unknown_usd, problem, ended_at) "
-            "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "request, reply, input_tokens, output_tokens, cost_usd, unknown_usd, problem, ended_at, "
+            "model) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 key,
                 self.owner,
@@ -424,6 +491,7 @@ class Ledger:
                 attempt.unknown_usd,
                 attempt.problem,
                 time.time(),
+                attempt.model,
             ),
         )
         self._db.execute(
@@ -617,7 +685,7 @@ class Ledger:
                 return self._db.execute(sql, values).fetchall()
             except sqlite3.Error as error:
                 raise DataError(
-                    f"cannot read the judgement ledger {self.path}: {error}."
+                    f"cannot read the judgement ledger {self.path}: {_why(error)}. {_WAY_OUT}"
                 ) from error
 
     @contextlib.contextmanager
@@ -648,11 +716,26 @@ class Ledger:
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
                 raise DataError(
-                    f"cannot write to the judgement ledger {self.path}: {error}. Judging stops so "
-                    "that no further verdict is paid for and lost."
+                    f"cannot write to the judgement ledger {self.path}: {_why(error)}. Judging stops "
+                    "so that no further verdict is paid for and lost. Free space or make the folder "
+                    f"writable, then run again. Is the file itself damaged? {_WAY_OUT}"
                 ) from error
             finally:
                 self._inside = False
+
+
+def _checksum(key: str, encoded: str) -> int:
+    return zlib.crc32(f"{key}{encoded}".encode())
+
+
+def _why(error: Exception) -> str:
+    """SQLite's words with the system's, where they mean the same."""
+    said = str(error)
+    return {
+        "database or disk is full": f"{said} ({os.strerror(errno.ENOSPC)})",
+        "disk I/O error": f"{said} ({os.strerror(errno.EIO)})",
+        "attempt to write a readonly database": f"{said} ({os.strerror(errno.EROFS)})",
+    }.get(said, said)
 
 
 def _fits(money: Money, usd: float, max_usd: float) -> bool:

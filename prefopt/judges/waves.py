@@ -79,6 +79,7 @@ def judge_in_waves(
     model = prior_label_model(len(judges))
     wave = 0
     with Ledger(ledger) as book:
+        book.check()
         while True:
             states = [PromptState(key, len(answers[key]), tuple(a)) for key, a in asked.items()]
             questions = next_questions(model, states, wanted)

@@ -113,6 +113,7 @@ class ApiSampler(abc.ABC):
             for key, prompt in zip(keys, (p for p in prompts for _ in range(k)), strict=True)
         }
         with AnswerLedger(None if partial is None else f"{partial}.sqlite") as book:
+            book.check()
             known = book.answered(asked)
             told(len(known))
             missing = {key: prompt for key, prompt in asked.items() if key not in known}

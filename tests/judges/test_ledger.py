@@ -114,6 +114,68 @@ def test_closing_gives_back_what_is_under_way(tmp_path):
         assert book.claim(question("b"), "j") == "claimed"
 
 
+def test_a_damaged_verdict_is_told_and_asked_again(tmp_path, caplog):
+    path = tmp_path / "l"
+    with Ledger(path) as book:
+        for key in ("good", "bad"):
+            book.record(key, "j", said("a"), [paid(0.25)])
+    raw = sqlite3.connect(path)
+    text = raw.execute("SELECT verdict FROM verdicts WHERE key = 'bad'").fetchone()[0]
+    assert '"preferred":"a"' in text
+    changed = text.replace('"preferred":"a"', '"preferred":"b"')
+    raw.execute("UPDATE verdicts SET verdict = ? WHERE key = 'bad'", (changed,))
+    raw.commit()
+    raw.close()
+    with Ledger(path) as book:
+        assert book.check() == 1
+        assert "1 verdict(s)" in caplog.text
+        assert str(path) in caplog.text
+        assert book.verdicts(["good", "bad"]) == {"good": said("a")}
+        assert book.claim(question("bad"), "j") == "claimed"
+        book.record("bad", "j", said("a"), [paid(0.25)])
+        assert book.check() == 0
+        assert book.verdicts(["bad"]) == {"bad": said("a")}
+        assert book.spent_usd() == 0.75
+
+
+def test_a_ledger_with_broken_pages_is_told_with_a_way_out(tmp_path):
+    path = tmp_path / "l"
+    with Ledger(path) as book:
+        for i in range(200):
+            book.record(f"k{i}", "j", said(), [paid(0.1)])
+    content = bytearray(path.read_bytes())
+    for at in range(4096, len(content), 4096):
+        content[at : at + 64] = bytes(64)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="move it away") as error, Ledger(path) as book:
+        book.check()
+    assert str(path) in str(error.value)
+
+
+def test_a_ledger_of_the_version_before_goes_on(tmp_path):
+    path = tmp_path / "l"
+    with Ledger(path) as book:
+        book.record("k", "j", said(), [paid(0.25)])
+    raw = sqlite3.connect(path)
+    raw.execute("ALTER TABLE verdicts DROP COLUMN checksum")
+    raw.execute("ALTER TABLE attempts DROP COLUMN model")
+    raw.execute("PRAGMA user_version = 2")
+    raw.commit()
+    raw.close()
+    with Ledger(path) as book:
+        assert book.check() == 0
+        assert book.verdicts(["k"]) == {"k": said()}
+        book.record("k2", "j", said(), [paid(0.25)])
+    with Ledger(path) as book:
+        assert book.check() == 0
+        assert set(book.verdicts(["k", "k2"])) == {"k", "k2"}
+
+
+def test_a_new_ledger_is_never_an_empty_file(tmp_path):
+    Ledger(tmp_path / "l")  # not closed, as by a kill
+    assert (tmp_path / "l").stat().st_size > 0
+
+
 def test_everything_about_a_question_can_be_looked_up(tmp_path):
     with Ledger(tmp_path / "l") as book:
         book.claim(question("k"), "j")
