@@ -118,6 +118,17 @@ def test_unfinished_work_with_other_settings_is_not_mixed_in(loaded, tmp_path):
     assert sample(loaded, partial=partial, seed=2) == sample(loaded, seed=2)
 
 
+def test_a_damaged_line_of_the_partial_file_is_told_and_sampled_again(loaded, tmp_path, caplog):
+    partial = tmp_path / "partial"
+    undisturbed = sample(loaded, k=2, partial=partial)
+    content = partial.read_bytes()
+    assert b'"sample_index":1' in content
+    partial.write_bytes(content.replace(b'"sample_index":1', b'"sample_index":7', 1))
+    assert sample(loaded, k=2, partial=partial) == undisturbed
+    assert f"{partial} was edited or damaged" in caplog.text
+    assert partial.read_bytes() == content
+
+
 def test_a_partial_file_that_cannot_be_kept_is_told_before_anything_is_sampled(
     loaded, tmp_path, monkeypatch
 ):
