@@ -7,12 +7,15 @@ states, both whole. So any number of processes may go on from it, sharded or not
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from prefopt.errors import TrainingError
+from prefopt.training.checkpoints import checkpoint_written, seal_checkpoint
 from prefopt.training.sharding import (
     Sharding,
     keep_outputs_whole,
@@ -82,6 +85,36 @@ class WholeCheckpoints(transformers.Trainer):
         schedule = torch.load(folder / _SCHEDULER, map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(self._schedule_of_groups(schedule, whole=False))
         return prepared
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the base class, and sealed: damage shows, and a power cut leaves a whole one or none.
+
+        Raises:
+            DataError: the disk is full, read-only or broken.
+        """
+        folder = Path(self._get_output_dir(trial=trial))
+        with checkpoint_written(folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its random numbers' state
+            if self.args.should_save:
+                seal_checkpoint(folder / f"checkpoint-{self.state.global_step}")
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As the base class; a gradient that is no number never reaches the weights.
+
+        Raises:
+            TrainingError: it is not finite. A loss scaler skips such steps by itself.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            step = self.state.global_step
+            raise TrainingError(
+                f"the gradient is not finite at step {step + 1} (its norm is {float(norm)}) though "
+                f"the loss is; the weights are as they were after step {step}. Lower the learning "
+                "rate, train in float32, or look at the rows of this step; with other settings the "
+                "training begins anew."
+            )
+        return norm
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharding.gradients:
