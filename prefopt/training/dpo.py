@@ -25,8 +25,6 @@ from prefopt.errors import DataError, ModelError
 from prefopt.launched import (
     is_first_process,
     refuse_processes,
-    rows_of_each,
-    shards,
     trains_in_bfloat16,
 )
 from prefopt.models import (
@@ -41,6 +39,7 @@ from prefopt.models import (
 )
 from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote, TrainingPoint, diagnose, training_points
+from prefopt.training.loop_settings import loop_arguments, loop_problems
 from prefopt.training.token_rows import TokenRow
 from prefopt.types import PreferenceGroup
 
@@ -121,17 +120,9 @@ class DPOSettings:
     report_to: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("beta", "epochs", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                problems.append(f"{name} must be positive, got {getattr(self, name)}")
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            problems.append(f"learning_rate must be positive, got {self.learning_rate}")
-        for name in ("batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            problems.append(f"micro_batch_tokens must be positive, got {self.micro_batch_tokens}")
+        problems = loop_problems(self)
+        if not self.beta > 0:
+            problems.append(f"beta must be positive, got {self.beta}")
         if not self.loss:
             problems.append("loss needs at least one name")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
@@ -147,8 +138,6 @@ class DPOSettings:
             problems.append(
                 f"replay_weight must be finite and not negative, got {self.replay_weight}"
             )
-        if not 0.0 <= self.warmup < 1.0:
-            problems.append(f"warmup must be a share in [0, 1), got {self.warmup}")
         if problems:
             raise ValueError("DPO settings: " + "; ".join(problems) + ".")
 
@@ -367,11 +356,8 @@ def _make_trainer(
     from prefopt.training.callbacks import ProgressBar
     from prefopt.training.dpo_trainer import DPOConfig, DPOTrainer
 
-    steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
-    on_cpu = loaded.device.type == "cpu" and not shards()
     args = DPOConfig(
-        output_dir=str(checkpoint_dir),
         beta=settings.beta,
         loss_type=list(settings.loss),
         loss_weights=settings.loss_weights,
@@ -380,31 +366,18 @@ def _make_trainer(
         adapter_reference=settings.reference,
         replay_share=settings.replay_share,
         replay_weight=settings.replay_weight,
-        learning_rate=settings.learning_rate or default_learning_rate(n_parameters),
-        num_train_epochs=settings.epochs,
         soft_labels=settings.soft_labels,
-        per_device_train_batch_size=rows_of_each(settings.batch_size),
         micro_batch_tokens=settings.micro_batch_tokens,
         max_length=settings.max_length,
-        warmup_steps=settings.warmup,
-        lr_scheduler_type=settings.schedule,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        save_strategy="steps",
-        save_steps=settings.checkpoint_every or max(1, int(steps / 10)),
-        save_total_limit=2,
-        logging_steps=max(1, int(steps / 200)),
-        logging_first_step=True,
-        seed=settings.seed,
-        bf16=trains_in_bfloat16(loaded.model),
-        fp16=False,
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        disable_tqdm=True,
-        report_to=list(settings.report_to) or "none",
+        **loop_arguments(
+            settings,
+            len(rows),
+            checkpoint_dir,
+            learning_rate=default_learning_rate(n_parameters),
+            on_cpu=loaded.device.type == "cpu",
+            bf16=trains_in_bfloat16(loaded.model),
+        ),
     )
-
     is_peft = hasattr(loaded.model, "peft_config")
     trainer = DPOTrainer(
         model=loaded.model,

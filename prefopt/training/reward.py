@@ -24,7 +24,7 @@ from prefopt.data.labelled import LabelledPair, load_labelled
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.rows import read_rows
 from prefopt.errors import DataError
-from prefopt.launched import is_first_process, rows_of_each, shards, trains_in_bfloat16
+from prefopt.launched import is_first_process, trains_in_bfloat16
 from prefopt.models import (
     Device,
     DType,
@@ -37,6 +37,7 @@ from prefopt.models import (
 )
 from prefopt.progress import progress_bar
 from prefopt.training.checkpoints import resume_point, whole_folder
+from prefopt.training.loop_settings import loop_arguments
 from prefopt.training.reward_report import RewardReport, ScoredPair, measure_reward
 from prefopt.training.reward_settings import RewardLossName as RewardLossName
 from prefopt.training.reward_settings import RewardSettings as RewardSettings
@@ -333,37 +334,22 @@ def _make_trainer(
     from prefopt.training.callbacks import ProgressBar
     from prefopt.training.reward_trainer import RewardConfig, RewardTrainer
 
-    steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
     n_parameters = sum(p.numel() for p in reward.model.parameters())
-    on_cpu = reward.device.type == "cpu" and not shards()
     args = RewardConfig(
-        output_dir=str(checkpoint_dir),
         loss_type=settings.loss,
         soft_labels=settings.soft_labels,
         margin_weight=settings.margin_weight,
         center_rewards_coefficient=settings.centering_penalty or None,
-        learning_rate=settings.learning_rate or default_reward_learning_rate(n_parameters),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=rows_of_each(settings.batch_size),
         micro_batch_tokens=settings.micro_batch_tokens,
         max_length=settings.max_length,
-        warmup_steps=settings.warmup,
-        lr_scheduler_type=settings.schedule,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        save_strategy="steps",
-        save_steps=settings.checkpoint_every or max(1, int(steps / 10)),
-        save_total_limit=2,
-        logging_steps=max(1, int(steps / 200)),
-        logging_first_step=True,
-        seed=settings.seed,
-        bf16=trains_in_bfloat16(reward),
-        fp16=False,
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        disable_tqdm=True,
-        report_to=list(settings.report_to) or "none",
+        **loop_arguments(
+            settings,
+            len(rows),
+            checkpoint_dir,
+            learning_rate=default_reward_learning_rate(n_parameters),
+            on_cpu=reward.device.type == "cpu",
+            bf16=trains_in_bfloat16(reward),
+        ),
     )
     trainer = RewardTrainer(model=reward, args=args, train_dataset=datasets.Dataset.from_list(rows))
     show = progress and is_first_process()

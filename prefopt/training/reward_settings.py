@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.training.loop_settings import loop_problems
+
 RewardLossName = Literal["bradley_terry", "rao_kupper", "davidson"]
 
 
@@ -59,21 +61,9 @@ class RewardSettings:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("epochs", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                problems.append(f"{name} must be positive, got {getattr(self, name)}")
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            problems.append(f"learning_rate must be positive, got {self.learning_rate}")
-        for name in ("batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        problems = loop_problems(self)
         for name in ("margin_weight", "centering_penalty", "centre_on"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 problems.append(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            problems.append(f"micro_batch_tokens must be positive, got {self.micro_batch_tokens}")
-        if not 0.0 <= self.warmup < 1.0:
-            problems.append(f"warmup must be a share in [0, 1), got {self.warmup}")
         if problems:
             raise ValueError("reward settings: " + "; ".join(problems) + ".")

@@ -27,7 +27,6 @@ from prefopt.errors import DataError, ModelError
 from prefopt.launched import (
     is_first_process,
     refuse_processes,
-    rows_of_each,
     shards,
     trains_in_bfloat16,
 )
@@ -43,6 +42,7 @@ from prefopt.models import (
 )
 from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote, diagnose, training_points
+from prefopt.training.loop_settings import loop_arguments, loop_problems
 from prefopt.training.token_rows import TokenRow, tokenize_demonstrations
 
 logger = logging.getLogger(__name__)
@@ -95,28 +95,11 @@ class SFTSettings:
     report_to: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = loop_problems(self)
         if self.tune not in ("lora", "full"):
             problems.append(f"tune must be lora or full, got {self.tune!r}")
-        for name in ("epochs", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                problems.append(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("learning_rate", "micro_batch_tokens", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                problems.append(f"{name} must be positive, got {value}")
-        if self.batch_size < 1:
-            problems.append(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.max_length < 2:
-            problems.append(f"max_length must be at least 2, got {self.max_length}")
         if not 0.0 <= self.replay_share < 1.0:
             problems.append(f"replay_share must be in [0, 1), got {self.replay_share}")
-        if not 0.0 <= self.warmup < 1.0:
-            problems.append(f"warmup must be a share in [0, 1), got {self.warmup}")
-        if self.schedule not in ("cosine", "linear", "constant_with_warmup"):
-            problems.append(f"schedule is unknown: {self.schedule!r}")
-        if self.weight_decay < 0:
-            problems.append(f"weight_decay must not be negative, got {self.weight_decay}")
         if problems:
             raise ValueError("SFT settings: " + "; ".join(problems) + ".")
 
@@ -352,39 +335,23 @@ def _make_trainer(
     from prefopt.training.callbacks import ProgressBar
     from prefopt.training.sft_trainer import SFTTrainer, token_columns
 
-    steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
-    every = max(1, int(steps / 200))
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
-    on_cpu = loaded.device.type == "cpu" and not shards()
     # Adapters train beside weights in the model's own dtype; weights that train stay float32 and are
     # multiplied in bfloat16.
     mixed = settings.tune == "full" and loaded.device.type == "cuda" and not shards()
     args = trl.SFTConfig(
-        output_dir=str(checkpoint_dir),
-        max_length=None,  # rows come cut
-        learning_rate=settings.learning_rate
-        or default_sft_learning_rate(n_parameters, settings.tune),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=rows_of_each(settings.batch_size),
-        warmup_steps=settings.warmup,
-        lr_scheduler_type=settings.schedule,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        save_strategy="steps",
-        # A logged mean begins anew where a run is continued, so checkpoints follow logged steps.
-        save_steps=every * math.ceil((settings.checkpoint_every or max(1, steps / 10)) / every),
-        save_total_limit=2,
-        logging_steps=every,
-        logging_first_step=True,
-        seed=settings.seed,
-        bf16=trains_in_bfloat16(loaded.model) or (mixed and torch.cuda.is_bf16_supported()),
-        fp16=False,
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        disable_tqdm=True,
-        report_to=list(settings.report_to) or "none",
-        accelerator_config={"dispatch_batches": False},
+        **loop_arguments(
+            settings,
+            len(rows),
+            checkpoint_dir,
+            learning_rate=default_sft_learning_rate(n_parameters, settings.tune),
+            on_cpu=loaded.device.type == "cpu",
+            bf16=trains_in_bfloat16(loaded.model) or (mixed and torch.cuda.is_bf16_supported()),
+        )
+        | {
+            "max_length": None,  # rows come cut
+            "accelerator_config": {"dispatch_batches": False},
+        }
     )
     wants_adapter = settings.tune == "lora" and not hasattr(loaded.model, "peft_config")
     trainer = SFTTrainer(

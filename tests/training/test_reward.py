@@ -150,9 +150,10 @@ def test_a_soft_label_is_what_its_probability_says(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"margin_weight": float("nan")}, "margin_weight"),
         ({"epochs": 0, "batch_size": 0}, "epochs.*batch_size"),
         ({"learning_rate": -1.0}, "learning_rate"),
-        ({"centre_on": -1, "warmup": 1.0}, "centre_on.*warmup"),
+        ({"centre_on": -1, "warmup": 1.0}, "warmup.*centre_on"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
     ],
 )

@@ -348,7 +348,7 @@ def test_the_trainer_refuses_to_split_a_step_over_batches(tmp_path):
 
 def test_bad_settings_are_told_all_at_once():
     with pytest.raises(
-        ValueError, match=r"tune.*epochs.*learning_rate.*batch_size.*max_length.*replay_share"
+        ValueError, match=r"learning_rate.*epochs.*batch_size.*max_length.*tune.*replay_share"
     ):
         SFTSettings(
             tune="half", epochs=0, learning_rate=-1, batch_size=0, max_length=1, replay_share=1.0
