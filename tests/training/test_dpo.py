@@ -247,7 +247,7 @@ def test_bad_settings_are_told_all_at_once():
     with pytest.raises(
         ValueError, match=r"epochs.*max_grad_norm.*warmup.*schedule.*weight_decay.*be"
     ):
-        DPOSettings(**dict.fromkeys(("epochs", "max_grad_norm", "warmup", "weight_decay", "beta"), math.nan),
-                    schedule="step")  # fmt: skip
+        wrong = ("epochs", "max_grad_norm", "warmup", "weight_decay", "beta")
+        DPOSettings(**dict.fromkeys(wrong, math.nan), schedule="step")
     with pytest.raises(ValueError, match=r"r must be.*alpha.*dropout"):
         LoRASettings(r=0, alpha=0, dropout=1.5)
