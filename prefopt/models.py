@@ -26,6 +26,10 @@ from prefopt.launched import n_processes, shards
 
 logger = logging.getLogger(__name__)
 
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""How every model is read. Left out, transformers falls back on pickles, and asks on the terminal
+whether a repository's own code may run."""
+
 DEMO_MODEL = "demo"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -160,7 +164,7 @@ def load_model(
 
     place = resolve_device(device)
     path = resolve_model_path(name)
-    options: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), **SAFE}
     if trainable and shards():
         place = "cpu"  # from where FSDP and DeepSpeed take each device's share
     elif place == "cuda" and n_processes() > 1:
@@ -169,7 +173,7 @@ def load_model(
         options |= {"quantization_config": _four_bit(quantization, options["dtype"])}
         options |= {"device_map": {"": place}}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         with _quiet_loading(name == DEMO_MODEL):
             model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -205,7 +209,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve_model_path(name))
+        return AutoTokenizer.from_pretrained(resolve_model_path(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"cannot load the tokenizer of {name!r}: {_first_line(error)} Give a Hub id that this "
@@ -228,11 +232,37 @@ def _quiet_loading(quiet: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def safe_adapter(adapter: str | Path) -> str:
+    """The folder of an adapter, fetched where it is on the Hub, whose weights are safetensors.
+
+    PEFT would fall back on adapter_model.bin, a pickle, and fetch it for that.
+
+    Raises:
+        ModelError: it has no adapter_model.safetensors.
+        OSError, ValueError: it is neither here nor on the Hub.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        wanted = ["adapter_config.json", "adapter_model.safetensors"]
+        folder = Path(snapshot_download(str(adapter), allow_patterns=wanted))
+    if (folder / "adapter_config.json").is_file() and not (
+        folder / "adapter_model.safetensors"
+    ).is_file():
+        raise ModelError(
+            f"the adapter {str(adapter)!r} has no adapter_model.safetensors. Weights in other files "
+            "are pickles, which can run code when they are opened; save it with a PEFT of today."
+        )
+    return str(folder)
+
+
 def _load_adapter(model: Any, adapter: str, trainable: bool) -> Any:
     from peft import PeftModel
 
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        folder = safe_adapter(adapter)
+        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"cannot load adapter {adapter!r}: {_first_line(error)} It must be a folder with "
@@ -266,7 +296,7 @@ def wrap_with_adapter(model: Any, config: Any) -> Any:
     """A new PEFT adapter around a model.
 
     Raises:
-        ModelError: `config` is no `peft.PeftConfig`.
+        ModelError: `config` is no `peft.PeftConfig`, or PEFT has no such adapter for this model.
     """
     from peft import PeftConfig, get_peft_model
 
@@ -275,7 +305,13 @@ def wrap_with_adapter(model: Any, config: Any) -> Any:
             "peft_config must be a peft.PeftConfig such as LoraConfig, got "
             f"{type(config).__name__}."
         )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"cannot put an adapter on {type(model).__name__}: {_first_line(error)} Name the layers "
+            "that it shall have in lora.target_modules."
+        ) from error
 
 
 def attach_adapter(
@@ -298,12 +334,13 @@ def attach_adapter(
     from peft import PeftConfig, PeftModel
 
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        folder = safe_adapter(folder)
+        config = PeftConfig.from_pretrained(folder)
         config.task_type, config.modules_to_save = "CAUSAL_LM", None
         config.inference_mode = not trainable
         if not hasattr(model, "peft_config"):
             return PeftModel.from_pretrained(
-                model, str(folder), adapter_name=name, config=config, is_trainable=trainable
+                model, folder, adapter_name=name, config=config, is_trainable=trainable
             )
         flags = {n: p.requires_grad for n, p in model.named_parameters()}
         model.add_adapter(name, config)
@@ -322,13 +359,14 @@ def load_adapter_weights(model: Any, folder: str | Path, name: str) -> None:
     """The weights of a saved adapter into the adapter `name` of a PEFT model.
 
     Raises:
+        ModelError: they are pickled.
         ValueError: weights are missing.
         RuntimeError: they have other shapes.
     """
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    weights = load_peft_weights(str(folder), device=str(model.device))
+    weights = load_peft_weights(safe_adapter(folder), device=str(model.device))
     loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
     missing = [key for key in loaded.missing_keys if f".{name}." in key]
     if missing:
@@ -347,9 +385,9 @@ def load_sequence_classifier(
 
     place = resolve_device(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=resolve_dtype(dtype, place), use_safetensors=True
+            name, dtype=resolve_dtype(dtype, place), **SAFE
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
@@ -382,7 +420,7 @@ def load_classification_adapter(folder: str) -> ClassificationAdapter:
     from peft.utils import load_peft_weights
     from transformers import AutoTokenizer
 
-    weights = load_peft_weights(folder, device="cpu")
+    weights = load_peft_weights(safe_adapter(folder), device="cpu")
     head = {
         key.rpartition(".")[2]: weight
         for key, weight in weights.items()
@@ -396,7 +434,7 @@ def load_classification_adapter(folder: str) -> ClassificationAdapter:
     return ClassificationAdapter(
         str(PeftConfig.from_pretrained(folder).base_model_name_or_path),
         head,
-        AutoTokenizer.from_pretrained(folder) if there else None,
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if there else None,
     )
 
 
@@ -552,7 +590,7 @@ def _as_training_saw_it(name: str, quantization: BaseQuantization, dtype: Any) -
 
     config = _four_bit(quantization, dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        resolve_model_path(name), dtype=dtype, use_safetensors=True, quantization_config=config
+        resolve_model_path(name), dtype=dtype, quantization_config=config, **SAFE
     ).dequantize(dtype=dtype)
     # transformers keeps thinking of it as quantised; the same weights in a plain model are not.
     plain_config = type(model.config).from_dict(

@@ -56,14 +56,16 @@ def loading_options(args: Any, quantization_config: Any) -> dict[str, Any]:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
+    options.setdefault("use_safetensors", True)
     options.setdefault("dtype", "float32")
     return options
 
 
 def load_policy(name: str, options: dict[str, Any]) -> Any:
     """Load a causal language model by name, folder or "demo"."""
-    from prefopt.models import resolve_model_path
+    from prefopt.models import SAFE, resolve_model_path
 
+    options = {**SAFE, **options}
     dtype = options["dtype"]
     if isinstance(dtype, str) and dtype != "auto":
         options = {**options, "dtype": getattr(torch, dtype.removeprefix("torch."))}
@@ -113,8 +115,10 @@ def disable_dropout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # which attention layers hand to a function
+        else:  # some layers hand the probability to a function
+            for name, value in list(vars(module).items()):
+                if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                    setattr(module, name, 0.0)
 
 
 def offloading_context(model: Any, args: Any) -> Any:

@@ -88,8 +88,8 @@ SLOWER = {
 WINDOWS = {"Gemma2": 32, "Gemma3": 32, "Mistral": 32, "GptOss": 32}
 
 
-def family(name, **changes):
-    kind, settings = FAMILIES[name]
+def family(name, families=FAMILIES, **changes):
+    kind, settings = families[name]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**{**settings, **changes})
     model = AutoModelForCausalLM.from_config(config)
