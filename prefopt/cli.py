@@ -1187,7 +1187,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
     0 done, 1 refused, 3 done but the gate is not passed, 130 stopped by the user, 141 nobody read the
-    output to its end (`| head`), which is no error of ours.
+    output to its end (`| head`), which is no error of ours, 143 stopped by SIGTERM.
     """
     try:
         with _flushed():
@@ -1279,6 +1279,29 @@ def _run_any(
         run(config, on_change)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: from a scheduler, or a machine that is taken back."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM end the block as Ctrl-C does: what is under way is written down, not torn off."""
+    import signal
+    import threading
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _guarded(work: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Third parties warn about each other's deprecated names at every step; nobody here can act on it.
@@ -1286,7 +1309,7 @@ def _guarded(work: Callable[[], None]) -> int:
     for noisy in ("httpx", "httpx2", "transformers", "datasets", "huggingface_hub", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        with _flushed():
+        with _flushed(), _terminable():
             work()
     except _Unread:
         return _UNREAD
@@ -1296,9 +1319,21 @@ def _guarded(work: Callable[[], None]) -> int:
     except (PrefoptError, ValueError) as error:
         print(f"prefopt: {error}", file=sys.stderr)
         return 1
+    except _Terminated:
+        print("\nprefopt: stopped by SIGTERM; the same command goes on from here.", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("\nprefopt: stopped; the same command goes on from here.", file=sys.stderr)
         return 130
+    except Exception as error:
+        from prefopt.data.records import disk_trouble, unwritable
+
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        where = trouble.filename or "a file"
+        print(f"prefopt: {unwritable(where, trouble)}", file=sys.stderr)
+        return 1
     return 0
 
 

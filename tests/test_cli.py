@@ -214,3 +214,36 @@ def test_another_broken_pipe_is_not_hidden(monkeypatch):
     monkeypatch.setattr(cli, "_nobody_reads", lambda: False)
     with pytest.raises(BrokenPipeError, match="server"):
         cli._guarded(fails)
+
+
+def test_sigterm_is_told_and_undoes_what_a_block_undoes(capsys):
+    import signal
+
+    from prefopt import cli
+
+    undone = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            undone.append(True)
+
+    assert cli._guarded(work) == 143
+    assert undone
+    assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_full_disk_is_no_traceback(capsys, tmp_path):
+    from prefopt import cli
+
+    def work():
+        raise OSError(28, "No space left on device", str(tmp_path / "file"))
+
+    assert cli._guarded(work) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "free space" in said
+    assert str(tmp_path / "file") in said
