@@ -33,6 +33,7 @@ VerdictFailure = Literal[
     "unavailable",
     "expired",
     "canceled",
+    "not_finite",
 ]
 """Why a judge gave no verdict. A failure is never a tie and never a zero."""
 
@@ -209,6 +210,8 @@ class Verdict(
             )
         if not 0 <= self.strength <= 2:
             raise ValueError(f"strength must be 0, 1 or 2, got {self.strength}.")
+        if self.p_a is not None and not 0.0 <= self.p_a <= 1.0:  # NaN is not either
+            raise ValueError(f"p_a must be in [0, 1], got {self.p_a}.")
 
     @property
     def grade(self) -> int | None:

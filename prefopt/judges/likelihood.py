@@ -76,6 +76,10 @@ class LogLikelihoodJudge(Judge):
             problem = a if isinstance(a, str) else b
             failure: VerdictFailure = "empty" if problem == "empty" else "too_long"
             return Verdict(judge=self.name, failure=failure, rationale=f"an answer is {problem}")
+        if not (math.isfinite(a) and math.isfinite(b)):
+            return Verdict(
+                judge=self.name, failure="not_finite", rationale=f"{a} against {b} nats a token"
+            )
         gap = a - b
         preferred: Winner = "a" if gap > 0 else "b"
         if abs(gap) < self.tie_nats:

@@ -7,6 +7,7 @@ human labels before trusting it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -100,6 +101,9 @@ class LocalJudge(Judge):
         return Prompt.from_messages([Message("user", text)])
 
     def _verdict(self, p_first: float) -> Verdict:
+        if not math.isfinite(p_first):
+            said = f"P(first) is {p_first}: the model's weights or activations overflow"
+            return Verdict(judge=self.name, failure="not_finite", rationale=said)
         distance = abs(p_first - 0.5)
         preferred: Winner = "a" if p_first > 0.5 else "b"
         if distance < self.tie_band:

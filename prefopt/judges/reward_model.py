@@ -116,6 +116,10 @@ class RewardModelJudge(Judge):
             return Verdict(judge=self.name, failure=a, rationale=f"answer a is {a}")
         if isinstance(b, str):
             return Verdict(judge=self.name, failure=b, rationale=f"answer b is {b}")
+        if not (math.isfinite(a) and math.isfinite(b)):
+            return Verdict(
+                judge=self.name, failure="not_finite", rationale=f"scores {a} against {b}"
+            )
         p_a = 1 / (1 + math.exp(-max(min(a - b, 500.0), -500.0)))
         sure = max(p_a, 1.0 - p_a)
         preferred: Winner = "tie" if sure <= self.tie_below else "a" if a > b else "b"

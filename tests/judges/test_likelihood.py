@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from prefopt.chat import tokenize_answer
 from prefopt.judges import judge_comparisons
@@ -10,6 +11,7 @@ from prefopt.judges.likelihood import LogLikelihoodJudge
 from prefopt.judges.local import LocalJudge
 from prefopt.models import load_model
 from prefopt.types import Candidate, Comparison, Prompt
+from tests.tiny_models import save_tiny_model
 
 
 def pair(a, b, i=0):
@@ -60,6 +62,15 @@ def test_empty_and_too_long_answers_are_failures_not_losers(tiny_model):
     items = [pair("", "fine"), pair("word " * 100_000, "fine", 1)]
     found = dict(LogLikelihoodJudge(tiny_model).verdicts(items))
     assert [found[i].failure for i in range(2)] == ["empty", "too_long"]
+
+
+@pytest.mark.parametrize("kind", [LogLikelihoodJudge, LocalJudge])
+def test_a_model_with_broken_weights_prefers_nobody(tmp_path, kind):
+    loaded = load_model(save_tiny_model(tmp_path / "tiny", context=4096))
+    with torch.no_grad():
+        loaded.model.model.norm.weight.fill_(float("nan"))
+    (found,) = dict(kind(loaded).verdicts([pair("a b", "c")])).values()
+    assert (found.failure, found.preferred) == ("not_finite", None)
 
 
 @pytest.mark.parametrize("kind", [LogLikelihoodJudge, LocalJudge])

@@ -72,6 +72,16 @@ def test_an_answer_without_a_score_is_a_failure_and_no_tie(reward):
     assert verdicts[2].failure is None
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_a_failure_and_nobody_wins(reward, monkeypatch, broken):
+    def scores(tokenized):
+        return [[broken, *[0.5] * (len(row) - 1)] for row in tokenized]
+
+    monkeypatch.setattr(reward, "score_ids", scores)
+    verdicts = dict(RewardModelJudge(reward).verdicts(ITEMS[:2]))
+    assert [(v.failure, v.preferred) for v in verdicts.values()] == [("not_finite", None)] * 2
+
+
 def test_it_is_named_by_its_folder(folder, reward):
     judge = load_judge(f"reward:{folder}")
     assert judge.name == f"reward:{folder}"
