@@ -348,8 +348,11 @@ def _ledger(run: Run) -> Path:
 
 
 def spent_usd(ledger: Path) -> float:
-    """What the verdicts in a ledger cost."""
+    """What the verdicts in a ledger cost, to a billionth of a dollar.
+
+    The sum's last digits hang on the order in which the answers came.
+    """
     from prefopt.judges.ledger import Ledger
 
     with Ledger(ledger) as book:
-        return book.spent_usd()
+        return round(book.spent_usd(), 9)

@@ -107,6 +107,10 @@ _DISK_TROUBLE = tuple(
 )
 
 
+_TORCH_SAYS = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+"""What torch.save says when a disk is full or broken, with no word about why."""
+
+
 @contextlib.contextmanager
 def disk_errors_told(path: str | Path) -> Iterator[None]:
     """Turn a disk's errors in the block into DataError, whichever library meets them.
@@ -137,7 +141,7 @@ def disk_trouble(error: BaseException) -> OSError | None:
         # Libraries written in other languages pass on the system's words and no number.
         if os.strerror(number) in said:
             return OSError(number, os.strerror(number))
-    if "PytorchStreamWriter failed" in said or "unexpected pos" in said:
+    if any(words in said for words in _TORCH_SAYS):
         return OSError(f"the disk is full or broken ({said.splitlines()[0][:120]})")
     return None
 

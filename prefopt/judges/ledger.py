@@ -13,7 +13,6 @@ how a question is sent.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import logging
@@ -174,7 +173,7 @@ class Ledger:
                 raise
         except (sqlite3.Error, OSError) as error:
             raise DataError(
-                f"cannot open the judgement ledger {path}: {_why(error)}. Verdicts are paid for once "
+                f"cannot open the judgement ledger {path}: {error}. Verdicts are paid for once "
                 "and kept here, so nothing is asked without it; free space or choose a writable "
                 f"folder. Is the file itself damaged? {_WAY_OUT}"
             ) from error
@@ -481,17 +480,17 @@ class Ledger:
                 attempt.outcome,
                 attempt.transport,
                 attempt.batch,
-                attempt.request_id,
-                attempt.stop_reason,
+                _storable(attempt.request_id),
+                _storable(attempt.stop_reason),
                 attempt.request,
-                attempt.reply,
+                _storable(attempt.reply),
                 attempt.input_tokens,
                 attempt.output_tokens,
                 attempt.cost_usd,
                 attempt.unknown_usd,
-                attempt.problem,
+                _storable(attempt.problem),
                 time.time(),
-                attempt.model,
+                _storable(attempt.model),
             ),
         )
         self._db.execute(
@@ -685,7 +684,7 @@ class Ledger:
                 return self._db.execute(sql, values).fetchall()
             except sqlite3.Error as error:
                 raise DataError(
-                    f"cannot read the judgement ledger {self.path}: {_why(error)}. {_WAY_OUT}"
+                    f"cannot read the judgement ledger {self.path}: {error}. {_WAY_OUT}"
                 ) from error
 
     @contextlib.contextmanager
@@ -716,7 +715,7 @@ class Ledger:
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
                 raise DataError(
-                    f"cannot write to the judgement ledger {self.path}: {_why(error)}. Judging stops "
+                    f"cannot write to the judgement ledger {self.path}: {error}. Judging stops "
                     "so that no further verdict is paid for and lost. Free space or make the folder "
                     f"writable, then run again. Is the file itself damaged? {_WAY_OUT}"
                 ) from error
@@ -728,20 +727,15 @@ def _checksum(key: str, encoded: str) -> int:
     return zlib.crc32(f"{key}{encoded}".encode())
 
 
-def _why(error: Exception) -> str:
-    """SQLite's words with the system's, where they mean the same."""
-    said = str(error)
-    return {
-        "database or disk is full": f"{said} ({os.strerror(errno.ENOSPC)})",
-        "disk I/O error": f"{said} ({os.strerror(errno.EIO)})",
-        "attempt to write a readonly database": f"{said} ({os.strerror(errno.EROFS)})",
-    }.get(said, said)
-
-
 def _fits(money: Money, usd: float, max_usd: float) -> bool:
     # A limit on a sum of doubles: a billionth of a dollar is rounding, not money.
     spent, unknown, reserved = money
     return spent + unknown + max(reserved, 0.0) + usd <= max_usd + 1e-9
+
+
+def _storable(text: str | None) -> str | None:
+    """Without halves of surrogate pairs, which JSON from a service may hold and SQLite does not."""
+    return text if text is None else text.encode("utf-8", "replace").decode()
 
 
 def _some(keys: Iterable[str]) -> Iterator[tuple[str, ...]]:
