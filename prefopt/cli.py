@@ -28,6 +28,7 @@ from prefopt.models import BaseQuantization, Device, DType, LoRASettings
 from prefopt.online_flow import OnlineConfig, run_online_flow
 from prefopt.plan_config import PlanConfig
 from prefopt.sampling.candidates import SamplingSettings
+from prefopt.scale.settings import ScaleSettings
 from prefopt.serving.gguf_file import GGUFType
 from prefopt.training.dpo import DPOSettings
 from prefopt.training.sft import SFTSettings
@@ -69,6 +70,7 @@ def sample(
     device: Device = "auto",
     max_usd: float | None = None,
     prices: str | None = None,
+    scale: ScaleSettings | None = None,
 ) -> None:
     """Sample K answers to each prompt, from one model or from several into one pool.
 
@@ -89,10 +91,30 @@ def sample(
         max_usd: the most that paid models' answers may cost together, however often the command is
             continued, in US dollars.
         prices: JSON file with prices by model, as in `prefopt judge label`.
+        scale: for more prompts than fit one machine or its memory: `out` is a folder of Parquet shards
+            then, and --scale.engine ray works on many shards at once. For one model that runs here.
     """
     from dataclasses import asdict
     from pathlib import Path
 
+    if scale is not None:
+        from prefopt.scale.candidates import sample_shards
+
+        if not isinstance(model, str):
+            raise ValueError("with --scale give one model; several are sampled one by one.")
+        made = sample_shards(
+            prompts,
+            out,
+            model,
+            adapter=adapter,
+            k=k,
+            sampling=sampling,
+            seed=seed,
+            device=device,
+            scale=scale,
+        )
+        print(f"{made.n_rows:,} answers in {len(made.shards):,} shards in {out}")
+        return
     from prefopt.data.prompts import load_prompts
     from prefopt.data.records import write_bytes, write_records
     from prefopt.sampling.candidates import sample_candidates
@@ -138,12 +160,24 @@ def judge_estimate(config: LabelConfig) -> None:
             )
 
 
-def judge_label(config: LabelConfig) -> None:
+_SCALE = (
+    "for more candidates than fit one machine or its memory: a folder of Parquet shards is read, or "
+    "made of the file, and --scale.engine ray works on many shards at once. For judges that run here"
+)
+
+
+def judge_label(config: LabelConfig, scale: ScaleSettings | None = None) -> None:
     """Compare the answers to each prompt, make labels of the verdicts, and report on them.
 
     Example: prefopt judge label --candidates candidates.jsonl --out labels
     --judge anthropic:claude-sonnet-5-5 --max_usd 5
     """
+    if scale is not None:
+        from prefopt.scale.labels import label_shards
+
+        print(label_shards(config, scale=scale))
+        print(f"Labels: {config.out}/preferences")
+        return
     from prefopt.label_job import label_candidates
 
     _tell_labels(label_candidates(config))
@@ -1090,6 +1124,8 @@ def build_parser() -> Any:
         sub = _command(function, f"judge {name} {needed.get(name, '--out FOLDER')}")
         if function in (judge_estimate, judge_label):
             sub.add_class_arguments(LabelConfig, as_group=False)
+            if function is judge_label:
+                sub.add_argument("--scale", type=ScaleSettings | None, default=None, help=_SCALE)
         else:
             sub.add_function_arguments(function, as_group=False)
         steps.add_subcommand(name, sub, help=_summary(function))
@@ -1343,7 +1379,10 @@ def _dispatch(parsed: Any) -> None:
     if name == "judge":
         function = _JUDGE_STEPS[options.step]
         values = {k: v for k, v in vars(options[options.step]).items() if k != "config"}
-        if function in (judge_estimate, judge_label):
+        if function is judge_label:
+            scale = values.pop("scale")
+            judge_label(LabelConfig(**values), scale)
+        elif function is judge_estimate:
             function(LabelConfig(**values))
         else:
             function(**values)

@@ -395,6 +395,11 @@ def _reliabilities(model: LabelModel) -> Floats:
 
 
 def _p_prefer(model: LabelModel, observations: Observations, wanted: Ints) -> PairPosterior:
+    # Only the wanted prompts' verdicts count, and asking about one must not cost a look at all.
+    inside = np.isin(observations.prompt, wanted[:, 0])
+    if not inside.all():
+        columns = msgspec.structs.astuple(observations)
+        observations = Observations(*(column[inside] for column in columns))
     encoded = encode(observations, len(model.judges))
     table = _pair_table(encoded, _theta(model), _reliabilities(model))
     low, high = np.minimum(wanted[:, 1], wanted[:, 2]), np.maximum(wanted[:, 1], wanted[:, 2])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -118,6 +118,7 @@ def build_preferences(
     pairs_per_prompt: int | None = None,
     reliability: float | Literal["fitted"] | None = None,
     calibrated_p_a: Callable[[JudgedComparison], float] | None = None,
+    fitted: FittedJudges | None = None,
 ) -> Preferences:
     """Turn judged comparisons into preference groups.
 
@@ -147,6 +148,8 @@ def build_preferences(
             disagree with the judge.
         calibrated_p_a: P(a is better) of a judged comparison as fitted to people's labels, such as
             `Calibration.apply`; it takes the place of what is inferred.
+        fitted: the judges as `fit_judges` found them, where `judged` is a part of a larger run;
+            `reliability` is not read then. By default they are fitted to `judged`.
 
     Returns:
         Preferences with groups in order of first appearance. `p_chosen` is inferred under either
@@ -163,14 +166,14 @@ def build_preferences(
         problems.append(f"pairs_per_prompt must be at least 1 or None, got {pairs_per_prompt}")
     if problems:
         raise ValueError("; ".join(problems) + ".")
-    inference = infer(judged, reliability=reliability)
+    inference = infer(judged, reliability=reliability, fitted=fitted)
     p_a = inference.p_a(judged) if calibrated_p_a is None else [calibrated_p_a(j) for j in judged]
     by_prompt: dict[str, list[_Labelled]] = {}
     for item, p in zip(judged, p_a, strict=True):
         labelled = _Labelled(item, p, _favours_a(item, p, rule))
         by_prompt.setdefault(item.comparison.prompt.prompt_id, []).append(labelled)
 
-    n_verdicts = sum(v.failure is None for item in judged for v in item.verdicts)
+    n_verdicts = _count_verdicts(judged) if fitted is None else fitted.n_verdicts
     source: PSource = "inferred" if n_verdicts >= _ENOUGH_TO_FIT else "prior"
     if calibrated_p_a is not None:
         source = "calibrated"
@@ -243,43 +246,130 @@ class Inference(NamedTuple):
         return self.answers[(answer.prompt.prompt_id, answer.text)]
 
 
+class FittedJudges(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="schema",
+    tag="prefopt.fitted_judges/1",
+):
+    """Judges as fitted to a run's verdicts: `names` in the order of `model.judges`.
+
+    `n_verdicts` counts the verdicts that were not failures.
+    """
+
+    names: tuple[str, ...]
+    model: LabelModel
+    n_verdicts: int
+
+
+def fit_judges(
+    portions: Iterable[Sequence[JudgedComparison]],
+    *,
+    reliability: float | Literal["fitted"] | None = None,
+) -> FittedJudges:
+    """The judges fitted to the verdicts of a run that comes in portions, which are not kept.
+
+    Args:
+        portions: judged comparisons; those of one prompt are all in one portion.
+        reliability: as in `build_preferences`.
+    """
+    numbers = _Numbers()
+    n_verdicts = 0
+    for portion in portions:
+        numbers.add(portion)
+        numbers.forget_answers()
+        n_verdicts += _count_verdicts(portion)
+    model = _fit(numbers.observations(), len(numbers.judges), reliability)
+    return FittedJudges(names=tuple(numbers.judges), model=model, n_verdicts=n_verdicts)
+
+
 def infer(
     judged: Sequence[JudgedComparison],
     *,
     reliability: float | Literal["fitted"] | None = None,
+    fitted: FittedJudges | None = None,
 ) -> Inference:
     """Fit every judge's sharpness, position bias and thresholds to all verdicts together.
 
-    Failed verdicts are no observations. Answers of a prompt are told apart by their text.
+    Failed verdicts are no observations. Answers of a prompt are told apart by their text. With
+    `fitted`, judges are taken as they are there.
+
+    Raises:
+        DataError: a judge that is not among `fitted`.
     """
-    prompts: dict[str, int] = {}
-    answers: dict[tuple[str, str], int] = {}
-    judges: dict[str, int] = {}
-    rows: list[tuple[int, int, int, int, int]] = []
-    for item in judged:
-        a, b = item.comparison.a, item.comparison.b
-        prompt = prompts.setdefault(a.prompt.prompt_id, len(prompts))
-        index_a, index_b = (
-            answers.setdefault((c.prompt.prompt_id, c.text), len(answers)) for c in (a, b)
+    numbers = _Numbers(() if fitted is None else fitted.names)
+    numbers.add(judged)
+    judges = tuple(numbers.judges)
+    observations = numbers.observations()
+    if fitted is None:
+        model = _fit(observations, len(judges), reliability)
+    elif judges == fitted.names:
+        model = fitted.model
+    else:
+        raise DataError(
+            f"there are verdicts by {', '.join(judges[len(fitted.names) :])}, and the judges were "
+            f"fitted without: {', '.join(fitted.names) or 'none'}. Fit them to all verdicts."
         )
-        if a.text == b.text:
-            continue
-        for verdict in item.verdicts:
-            grade = verdict.grade
-            if grade is None:
-                continue
-            judge = judges.setdefault(verdict.judge, len(judges))
-            shown = (index_a, index_b, grade)
-            if verdict.shown_first == "b":
-                shown = (index_b, index_a, -grade)
-            rows.append((prompt, shown[0], shown[1], judge, shown[2]))
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 5
-    observations = observe(*columns)
+    return Inference(model, judges, observations, numbers.prompts, numbers.answers)
+
+
+def _fit(
+    observations: Observations, n_judges: int, reliability: float | Literal["fitted"] | None
+) -> LabelModel:
     if reliability is None:
         known = seen_by_two(observations) or count_rings(observations) >= _ENOUGH_TO_FIT
         reliability = "fitted" if known else 1.0
-    model = fit_label_model(observations, n_judges=max(len(judges), 1), reliability=reliability)
-    return Inference(model, tuple(judges), observations, prompts, answers)
+    return fit_label_model(observations, n_judges=max(n_judges, 1), reliability=reliability)
+
+
+class _Numbers:
+    """Verdicts as rows of numbers: prompts, answers and judges are numbered as they come."""
+
+    def __init__(self, judges: Sequence[str] = ()) -> None:
+        self.prompts: dict[str, int] = {}
+        self.answers: dict[tuple[str, str], int] = {}
+        self.judges = {name: number for number, name in enumerate(judges)}
+        self._n_prompts = self._n_answers = 0
+        self._rows: list[tuple[int, int, int, int, int]] = []
+
+    def add(self, judged: Iterable[JudgedComparison]) -> None:
+        for item in judged:
+            a, b = item.comparison.a, item.comparison.b
+            prompt = self.prompts.setdefault(
+                a.prompt.prompt_id, self._n_prompts + len(self.prompts)
+            )
+            index_a, index_b = (
+                self.answers.setdefault(
+                    (c.prompt.prompt_id, c.text), self._n_answers + len(self.answers)
+                )
+                for c in (a, b)
+            )
+            if a.text == b.text:
+                continue
+            for verdict in item.verdicts:
+                grade = verdict.grade
+                if grade is None:
+                    continue
+                judge = self.judges.setdefault(verdict.judge, len(self.judges))
+                shown = (index_a, index_b, grade)
+                if verdict.shown_first == "b":
+                    shown = (index_b, index_a, -grade)
+                self._rows.append((prompt, shown[0], shown[1], judge, shown[2]))
+
+    def forget_answers(self) -> None:
+        """Drop the names of prompts and answers, none of which comes again; the numbers go on."""
+        self._n_prompts += len(self.prompts)
+        self._n_answers += len(self.answers)
+        self.prompts, self.answers = {}, {}
+
+    def observations(self) -> Observations:
+        return observe(*(list(zip(*self._rows, strict=True)) if self._rows else [()] * 5))
+
+
+def _count_verdicts(judged: Iterable[JudgedComparison]) -> int:
+    return sum(v.failure is None for item in judged for v in item.verdicts)
 
 
 def seen_by_two(observations: Observations) -> bool:

@@ -27,7 +27,7 @@ TEXT_SIDE = {
     "evaluation.capability_tasks",
     "evaluation.advice", "evaluation.tuning_advice", "training.health",
     "training.reward_report", "training.ppo_health", "sampling.best_of_n",
-    "sampling.settings", "sampling.partial", "sampling.sampler", "sampling.api_sampler", "hosted",
+    "scale", "sampling.settings", "sampling.partial", "sampling.sampler", "sampling.api_sampler", "hosted",
     "serving.adapter_check", "serving.model_card", "serving.hub_push",
 }  # fmt: skip
 MATH_SIDE = {
@@ -70,12 +70,12 @@ def test_mathematics_needs_torch_only(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_dependencies_point_one_way(path):
     """types <- text side <- models and sampling <- training and evaluation <- flow <- cli."""
-    ranks = {"types": 0, "errors": 0, "progress": 0, "launched": 0,
+    ranks = {"types": 0, "errors": 0, "progress": 0, "launched": 0, "scale.settings": 0,
              "data": 1, "chat": 1, "label_model": 1,
              "labelling": 1, "judging_plan": 1, "preferences": 1,
              "runs": 2, "models": 2, "hosted": 2,
              "judges": 3, "sampling": 3, "training": 3, "testing": 3,
-             "evaluation": 4, "label_job": 4, "flow_stages": 4, "flow": 5, "online_flow": 6,
+             "evaluation": 4, "label_job": 4, "scale": 4, "flow_stages": 4, "flow": 5, "online_flow": 6,
              "serving": 5,
              "classic_flow": 5, "forgetting_flow": 5, "cli": 7, "__main__": 8}  # fmt: skip
     ranks |= {

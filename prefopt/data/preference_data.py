@@ -91,8 +91,8 @@ def load_preferences(source: Source, *, split: str = "train") -> list[Preference
     order of the rows. prefopt's own group records are taken as they are, each its own group.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a Hub dataset id, a `datasets.Dataset`, or a
-            sequence of rows (dicts or `PreferenceGroup`s).
+        source: a .jsonl, .json or .parquet file, a folder of shards, a Hub dataset id, a
+            `datasets.Dataset`, or a sequence of rows (dicts or `PreferenceGroup`s).
         split: the split of a Hub dataset.
 
     Raises:
@@ -172,14 +172,26 @@ def to_dataset(groups: Iterable[PreferenceGroup]) -> Dataset:
     """
     import datasets
 
-    rows = _some_rows(groups)
+    return datasets.Dataset.from_list(_some_rows(groups), features=_features())
+
+
+def preference_table(groups: Iterable[PreferenceGroup]) -> Any:
+    """`to_dataset` as a `pyarrow.Table`, perhaps without a row."""
+    import pyarrow
+
+    return pyarrow.Table.from_pylist(preference_rows(groups), schema=_features().arrow_schema)
+
+
+def _features() -> Any:
+    import datasets
+
     turns = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
     types: dict[str, Any] = dict.fromkeys(COLUMNS, datasets.Value("string"))
     types |= dict.fromkeys(("prompt", "chosen", "rejected"), turns)
     types |= dict.fromkeys(("p_chosen", "margin"), datasets.Value("float64"))
     for side in ("chosen", "rejected"):
         types[f"{side}_sample_index"] = types[f"{side}_n_tokens"] = datasets.Value("int64")
-    return datasets.Dataset.from_list(rows, features=datasets.Features(types))
+    return datasets.Features(types)
 
 
 def save_preferences(groups: Iterable[PreferenceGroup], path: str | os.PathLike[str]) -> int:

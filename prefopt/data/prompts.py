@@ -7,15 +7,17 @@ plain texts. All bad rows are reported at once. Knows nothing of answers, models
 from __future__ import annotations
 
 import logging
+import os
+from array import array
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from prefopt.data.records import read_records
-from prefopt.data.rows import Source, read_rows
+from prefopt.data.rows import Rows, Source, read_rows, stream_rows
 from prefopt.errors import DataError
 from prefopt.types import Message, Prompt, content_hash
 
@@ -41,8 +43,8 @@ def load_prompts(source: Source, *, split: str = "train", limit: int | None = No
 
     Args:
         source: "everyday" or "general" for built-in prompts; a .jsonl, .json, .parquet or .txt file
-            (one prompt a line; blank lines separate); a Hub dataset id; a `datasets.Dataset`; or a
-            sequence of rows.
+            (one prompt a line; blank lines separate); a folder of shards; a Hub dataset id; a
+            `datasets.Dataset`; or a sequence of rows.
         split: the split of a Hub dataset.
         limit: how many distinct prompts to return, from the first. None for all.
 
@@ -82,6 +84,44 @@ def load_prompts(source: Source, *, split: str = "train", limit: int | None = No
             more,
         )
     return list(prompts.values())[:limit]
+
+
+def stream_prompts(source: Source, *, split: str = "train") -> Iterator[Prompt]:
+    """`load_prompts` for prompts that do not fit the memory: yields each distinct one, in order.
+
+    The source is read twice; in between, eight bytes a prompt are kept. Files, folders of Parquet
+    files and folders of shards are read piece by piece.
+
+    Raises:
+        DataError: as in `load_prompts`, before the first prompt is yielded.
+    """
+    import numpy as np
+
+    name = str(source) if isinstance(source, str | os.PathLike) else "the given rows"
+    if isinstance(source, str) and source in (EVERYDAY, GENERAL):
+        source = _HERE / f"{source}_prompts.jsonl"
+    elif isinstance(source, Iterator):
+        source = list(source)
+    ids = array("Q")
+    problems: list[str] = []
+    for where, value in stream_rows(source, split=split):
+        try:
+            ids.append(int(_prompt_from_row(value).prompt_id, 16))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise Rows(name, [], []).bad("usable prompts", problems)
+    if not ids:
+        raise DataError(f"{name} is empty: expected at least one row.")
+    _, first = np.unique(np.frombuffer(ids, dtype=np.uint64), return_index=True)
+    is_first = np.zeros(len(ids), dtype=bool)
+    is_first[first] = True
+    repeated = len(ids) - len(first)
+    if repeated:
+        logger.warning("%s: %s row(s) repeat an earlier prompt and were left out.", name, repeated)
+    for row, wanted in zip(stream_rows(source, split=split), is_first, strict=True):
+        if wanted:
+            yield _prompt_from_row(row.value)
 
 
 def split_by_prompt(

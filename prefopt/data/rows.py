@@ -1,7 +1,7 @@
 """Rows with their place, from wherever a table lies: a file, the Hub, a Dataset or a sequence.
 
-In: a path (.jsonl, .json, .parquet, .txt; .jsonl.gz), a Hub dataset id, a `datasets.Dataset` or a
-sequence.
+In: a path (.jsonl, .json, .parquet, .txt; .jsonl.gz), a folder of shards, a Hub dataset id, a
+`datasets.Dataset` or a sequence.
 Out: `Rows`, each row with the words that find it again, plus every line that could not be read, so
 that the caller reports these together with the rows it cannot use. Knows no meaning of any column.
 """
@@ -13,7 +13,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,6 +30,16 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GZIP = ".gz"
 _BOM_UTF8 = b"\xef\xbb\xbf"
+
+MOST_UNPACKED_RATIO = 200
+"""How many times larger than its file a compressed source may unpack. Real text packs 3 to 20 times,
+the same row over and over 100 times; a file made to fill the memory packs 1,000 times and more."""
+
+SMALLEST_LIMIT_BYTES = 64 << 20
+"""What a compressed source may unpack to in any case."""
+
+_CHUNK_BYTES = 1 << 20
+_PARQUET_ROWS = 64
 
 
 class Row(NamedTuple):
@@ -67,8 +78,9 @@ def read_rows(source: Source, *, split: str = "train") -> Rows:
     """Read all rows of `source`.
 
     Args:
-        source: a path, a Hub dataset id ("organisation/name"), a `datasets.Dataset` or
-            `DatasetDict`, or any iterable. A `.json` file holds one list of rows, or a row a line.
+        source: a path, a folder of shards (`prefopt.data.shards`), a Hub dataset id
+            ("organisation/name"), a `datasets.Dataset` or `DatasetDict`, or any iterable. A `.json`
+            file holds one list of rows, or a row a line.
         split: which split of a Hub dataset or `DatasetDict`; the slices of `datasets`, such as
             "train[:100]", work for the Hub.
 
@@ -89,6 +101,8 @@ def _read_named(name: str, *, is_path: bool, split: str) -> Rows:
     suffix = path.suffix.lower()
     if suffix == _GZIP:
         suffix = Path(path.stem).suffix.lower()
+    if (path / "manifest.json").is_file():
+        return Rows(name, list(_stream_shards(path)), [])
     if path.is_dir():
         raise DataError(
             f"{name} is a folder; expected one file ({', '.join(SUFFIXES)}). A folder written by "
@@ -102,6 +116,85 @@ def _read_named(name: str, *, is_path: bool, split: str) -> Rows:
         f"no source {name!r}: it is not an existing file ({', '.join(SUFFIXES)}) and not a Hub "
         "dataset id of the form organisation/name. Check the spelling and the working folder."
     )
+
+
+def stream_rows(source: Source, *, split: str = "train") -> Iterator[Row]:
+    """`read_rows` for a source that does not fit the memory.
+
+    A .jsonl or .parquet file, a folder of shards, and a folder of .parquet files (in the order of
+    their names) are read piece by piece, others as a whole. Where lines cannot be read, the error is
+    raised after the last row, so that it lists all of them.
+
+    Raises:
+        DataError: as in `read_rows`.
+    """
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    if path is not None and path.is_dir():
+        files = sorted(path.glob("*.parquet"))
+        if (path / "manifest.json").is_file():
+            yield from _stream_shards(path)
+            return
+        if files:
+            for file in files:
+                for row in _stream_parquet(file):
+                    yield row._replace(where=f"{file.name}, {row.where}")
+            return
+    if path is not None and path.is_file() and path.suffix.lower() == ".parquet":
+        yield from _stream_parquet(path)
+    elif path is not None and path.is_file() and path.suffix.lower() == ".jsonl":
+        problems: list[str] = []
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                one = _read_file_line(path, line, number)
+                yield from one.rows
+                problems += one.problems
+        if problems:
+            raise Rows(str(path), [], problems).bad("usable", [])
+    else:
+        rows = read_rows(source, split=split)
+        yield from rows.rows
+        if rows.problems:
+            raise rows.bad("usable", [])
+
+
+def _read_file_line(path: Path, line: bytes, number: int) -> Rows:
+    if number == 1:
+        _refuse_utf16(path, line)
+        line = line.removeprefix(_BOM_UTF8)
+    rows = _read_lines(path, line, as_json=True)
+    return rows._replace(
+        rows=[row._replace(where=f"line {number}") for row in rows.rows],
+        problems=[problem.replace("line 1", f"line {number}", 1) for problem in rows.problems],
+    )
+
+
+def _stream_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    yield Row(f"row {number}", value)
+                    number += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path} as Parquet: {error}") from error
+
+
+def _stream_shards(folder: Path) -> Iterator[Row]:
+    from prefopt.data.shards import read_manifest, read_table
+
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest.complete:
+        raise DataError(
+            f"{folder} is not a complete folder of shards. Run the command that makes it again; it "
+            "goes on from there."
+        )
+    for shard in manifest.shards:
+        for number, value in enumerate(read_table(folder, shard).to_pylist()):
+            yield Row(f"{shard.name}, row {number}", value)
 
 
 def _read_iterable(source: Iterable[Any], split: str) -> Rows:
@@ -139,35 +232,81 @@ def _read_file(path: Path, suffix: str) -> Rows:
     if suffix == ".parquet" and path.suffix.lower() != _GZIP:
         return _read_parquet(path)
     try:
-        content = path.read_bytes()
-        if path.suffix.lower() == _GZIP:
-            content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
+        content = _unpacked(path) if path.suffix.lower() == _GZIP else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"cannot read {path}: {getattr(error, 'strerror', '') or error}."
         ) from error
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            f"{path} is UTF-16 text, expected UTF-8. Convert it: "
-            f"iconv -f UTF-16 -t UTF-8 {path} > utf8{suffix}"
-        )
+    _refuse_utf16(path, content)
     content = content.removeprefix(_BOM_UTF8)
     if suffix == ".json" and content.lstrip().startswith(b"["):
         return _read_array(path, content)
     return _read_lines(path, content, as_json=suffix != ".txt")
 
 
+def _refuse_utf16(path: Path, content: bytes) -> None:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(
+            f"{path} is UTF-16 text, expected UTF-8. Convert it: "
+            f"iconv -f UTF-16 -t UTF-8 {path} > utf8{path.suffix}"
+        )
+
+
+def _most_bytes(path: Path) -> int:
+    return max(SMALLEST_LIMIT_BYTES, MOST_UNPACKED_RATIO * path.stat().st_size)
+
+
+def _too_large(path: Path, most: int) -> DataError:
+    return DataError(
+        f"{path} unpacks to more than {most:,} bytes, over {MOST_UNPACKED_RATIO} times its own size, "
+        "as files made to fill the memory do. If it is meant so, unpack it yourself and give the "
+        "plain .jsonl file."
+    )
+
+
+def _unpacked(path: Path) -> bytes:
+    most = _most_bytes(path)
+    content = bytearray()
+    with gzip.open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            content += chunk
+            if len(content) > most:
+                raise _too_large(path, most)
+    return bytes(content)
+
+
 def _read_parquet(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
+    values: list[Any] = []
     try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
+        most = _most_bytes(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            shape = file.metadata
+            stated = sum(shape.row_group(i).total_byte_size for i in range(shape.num_row_groups))
+            if stated > most:
+                raise _too_large(path, most)
+            # Not in one piece: a long text that a million rows share is small in the file alone.
+            n_bytes = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                n_bytes += sum(_decoded_bytes(column) for column in batch.columns)
+                if n_bytes > most:
+                    raise _too_large(path, most)
+                values += batch.to_pylist()
     except FileNotFoundError as error:
         raise DataError(f"cannot read {path}: No such file or directory.") from error
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {path} as Parquet: {error}") from error
     return Rows(str(path), [Row(f"row {i}", value) for i, value in enumerate(values)], [])
+
+
+def _decoded_bytes(column: Any) -> int:
+    """What a column takes with every value written out; of shared ones, `nbytes` counts one."""
+    import pyarrow
+
+    plain = column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+    return int(plain.nbytes)
 
 
 def _read_array(path: Path, content: bytes) -> Rows:
@@ -181,7 +320,9 @@ def _read_array(path: Path, content: bytes) -> Rows:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         return Rows(str(path), [], [f"{place}: malformed JSON: {error.msg}"])
-    except msgspec.DecodeError as error:
+    except RecursionError:
+        return Rows(str(path), [], [f"malformed JSON: {_TOO_DEEP}"])
+    except (msgspec.DecodeError, ValueError) as error:  # such as a number of 5,000 digits
         return Rows(str(path), [], [f"malformed JSON: {error}"])
     return Rows(str(path), [Row(f"row {i}", value) for i, value in enumerate(values)], [])
 
@@ -201,9 +342,14 @@ def _read_lines(path: Path, content: bytes, *, as_json: bool) -> Rows:
         except UnicodeDecodeError as error:
             problems.append(_not_utf8(number, start + error.start, content))
             remedy = _utf8_remedy(path)
-        except msgspec.DecodeError as error:
+        except RecursionError:
+            problems.append(f"line {number}: malformed JSON: {_TOO_DEEP}")
+        except (msgspec.DecodeError, ValueError) as error:
             problems.append(f"line {number}: malformed JSON: {error}")
     return Rows(str(path), rows, problems, remedy)
+
+
+_TOO_DEEP = "nested too deeply to be read"
 
 
 def _not_utf8(line: int, offset: int, content: bytes) -> str:
