@@ -614,16 +614,24 @@ def history_list(history: str, series: str | None = None) -> None:
         history: the file.
         series: only this one.
     """
-    from prefopt.evaluation.dashboard import change_line, evaluation_line
+    from prefopt.evaluation.dashboard import capability_lines, change_line, evaluation_line
     from prefopt.evaluation.history import History
 
     with History(history, create=False) as kept:
+        if series is not None and series not in kept.series():
+            raise ValueError(
+                f"{history} has no series {series!r}; it has {', '.join(map(repr, kept.series()))}."
+            )
         for name in kept.series() if series is None else [series]:
             changes = kept.changes(name)
+            skills = {b: (a, c) for (a, b), c in kept.capability_changes(name).items()}
             for evaluation in kept.evaluations(name):
                 print(evaluation_line(evaluation))
                 if evaluation.number in changes:
                     print(f"      {change_line(changes[evaluation.number])}")
+                if evaluation.number in skills:
+                    for line in capability_lines(*skills[evaluation.number]):
+                        print(f"      {line}")
 
 
 def history_serve(history: str, host: str = "127.0.0.1", port: int = 8000) -> None:

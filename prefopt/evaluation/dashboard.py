@@ -1,6 +1,6 @@
 """A `History` in the browser: trends, what changed, and every judged pair.
 
-    /                                  series, their trend, and a flag at each change
+    /                                  series, their trends, and a flag at each change
     /evaluations/3                     one evaluation; its pairs by text, result, category, flip
     /evaluations/3/pairs/17            a pair with the verdicts of both orders
     /changes/2/3                       answers of two evaluations side by side, differences marked
@@ -13,6 +13,7 @@ It serves this machine only, unless told otherwise.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Awaitable, Callable
@@ -20,10 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from urllib.parse import urlencode
 
 from prefopt.errors import DataError, PrefoptError
-from prefopt.evaluation.advice import interval, percent, signed_percent
-from prefopt.evaluation.figure import trend_svg
+from prefopt.evaluation.advice import interval, percent, signed_percent, task_value
+from prefopt.evaluation.figure import task_trend_svg, trend_svg
 from prefopt.evaluation.history import Evaluation, History, PairFilter
-from prefopt.evaluation.history_changes import SURE_P, Change
+from prefopt.evaluation.history_changes import SURE_P, CapabilityChange, Change
+from prefopt.evaluation.history_trends import TaskTrend, p_said, task_trends
+from prefopt.evaluation.report_tables import task_rows
 from prefopt.evaluation.win_rate import Result
 from prefopt.types import Verdict
 
@@ -123,6 +126,25 @@ def word_changes(earlier: str, later: str) -> list[Piece]:
     return pieces
 
 
+@functools.lru_cache(maxsize=64)
+def _trend(rates: tuple[tuple[float, float, float], ...]) -> str:
+    return trend_svg(rates)
+
+
+def _task_trend(trend: TaskTrend) -> str:
+    """The drawing of a task that was measured more than once."""
+    if len(trend.measured) < 2:
+        return ""
+    return _drawn_task(
+        tuple((number, task.tuned) for number, task in trend.measured),
+        tuple((number, task.base) for number, task in trend.measured),
+        trend.dropped_at,
+    )
+
+
+_drawn_task = functools.lru_cache(maxsize=512)(task_trend_svg)
+
+
 _Page = Callable[["Request"], Awaitable["Response"]]
 
 
@@ -147,8 +169,9 @@ class _Pages:
         )
         self.environment.filters.update(percent=percent, signed_percent=signed_percent)
         self.environment.globals.update(
-            interval=interval, sure_p=SURE_P, results=get_args(Result), verdict_line=_verdict_line
-        )
+            interval=interval, sure_p=SURE_P, results=get_args(Result), verdict_line=_verdict_line,
+            task_rows=task_rows, task_value=task_value,
+        )  # fmt: skip
 
     def overview(self, request: Request) -> Response:
         """All series with their trends."""
@@ -162,7 +185,8 @@ class _Pages:
                     "name": name,
                     "evaluations": list(reversed(evaluations)),
                     "changes": changes,
-                    "trend": trend_svg([(e.win_rate, e.low, e.high) for e in evaluations]),
+                    "trend": _trend(tuple((e.win_rate, e.low, e.high) for e in evaluations)),
+                    "tasks": [(t, _task_trend(t)) for t in task_trends(history, name)],
                     "before": {b.number: a.number for a, b in itertools.pairwise(evaluations)},
                 }
             )
@@ -183,13 +207,17 @@ class _Pages:
         pairs, total = self.history.pairs(
             number, wanted, offset=(page - 1) * _PAIRS_A_PAGE, limit=_PAIRS_A_PAGE
         )
+        report = self.history.report(number)
+        compared = self.history.capability_changes(found.series) if report.capabilities else {}
         return self._page(
             "dashboard_evaluation.html.j2",
             evaluation=found,
-            report=self.history.report(number),
+            report=report,
+            since=next(((a, change) for (a, b), change in compared.items() if b == number), None),
             others=[e for e in self.history.evaluations(found.series) if e.number != number],
             categories=[c for c in self.history.categories(number) if c],
             wanted=wanted,
+            back=_filter_of(query),
             pairs=pairs,
             total=total,
             pages=_paging(query, page, total, _PAIRS_A_PAGE),
@@ -203,6 +231,7 @@ class _Pages:
         return self._page(
             "dashboard_pair.html.j2",
             evaluation=found,
+            back=_filter_of(request.query_params),
             place=place,
             last=self.history.pairs(number, limit=0)[1],
             pair=pair,
@@ -257,6 +286,13 @@ def _number(text: str | None) -> int:
     return max(1, int(text)) if text is not None and text.isascii() and text.isdigit() else 1
 
 
+def _filter_of(query: Any) -> str:
+    """The filter and page of a list of pairs, as its links carry them on and back."""
+    names = ("text", "result", "category", "flipped", "page")
+    given = {name: query[name] for name in names if query.get(name)}
+    return f"?{urlencode(given)}" if given else ""
+
+
 class _Paging(NamedTuple):
     page: int
     n_pages: int
@@ -293,3 +329,13 @@ def change_line(change: Change) -> str:
         f"{words.get(change.verdict, 'no change shown')}: {change.n_better} of {change.n_shared:,} "
         f"shared prompts better, {change.n_worse} worse (p = {change.p_value:.2g})"
     )
+
+
+def capability_lines(earlier: int, change: CapabilityChange) -> list[str]:
+    """What got worse since an earlier evaluation, a line of text a task, for a terminal."""
+    return [
+        f"DROPPED since {earlier}: {task.title}, {task_value(task, task.base)} to "
+        f"{task_value(task, task.tuned)} ({task.n_worse} of {task.n:,} items worse, {task.n_better} "
+        f"better, {p_said(task.p_value)})"
+        for task in change.dropped
+    ]

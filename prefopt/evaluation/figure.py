@@ -169,7 +169,41 @@ def trend_svg(rates: Sequence[tuple[float, float, float]]) -> str:
         axes.set_xticks([])
         axes.grid(visible=False)
 
-    return _svg("trend", 7.0, 1.8, draw, None)
+    return _svg("trend", 5.2, 1.5, draw, None)
+
+
+def task_trend_svg(
+    tuned: Sequence[tuple[int, float]], base: Sequence[tuple[int, float]], dropped: Sequence[int]
+) -> str:
+    """A capability task over time as SVG: (evaluation, score), oldest first, the base model dashed.
+
+    Evaluations in `dropped` are marked by a triangle that points down.
+    """
+
+    def draw(axes: Any, _: Any) -> None:
+        places = {number: place for place, (number, _) in enumerate(tuned)}
+        axes.plot(
+            [places[n] for n, _ in base], [score for _, score in base],
+            color=MUTED, linewidth=1.2, linestyle=(0, (3, 2)),
+        )  # fmt: skip
+        axes.plot(list(places.values()), [score for _, score in tuned], color=INK, linewidth=1.4)
+        for number, score in tuned:
+            fell = number in dropped
+            axes.plot(
+                [places[number]], [score], "v" if fell else "o", color=LOSS if fell else INK,
+                markersize=9 if fell else 5, clip_on=False, zorder=3,
+            )  # fmt: skip
+        scores = [score for _, score in (*tuned, *base)]
+        room = 0.2 * (max(scores) - min(scores)) or 1.0
+        axes.set_ylim(min(scores) - room, max(scores) + room)
+        axes.set_xlim(-0.3, len(tuned) - 0.7)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    return _svg("task-trend", 2.6, 0.55, draw, None)
 
 
 def draw_result(axes: Any, report: EvalReport) -> None:

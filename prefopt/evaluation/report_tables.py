@@ -7,6 +7,7 @@ named so, with the reason, and is never a zero. Pure text; nothing is computed h
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -189,9 +190,12 @@ def model_rows(report: EvalReport) -> list[ModelRow]:
 
 
 def capability_rows(report: EvalReport) -> list[CapabilityRow]:
-    """The capability table, tasks that dropped first; empty where capabilities were not measured."""
-    if report.capabilities is None:
-        return []
+    """The capability table; empty where capabilities were not measured."""
+    return [] if report.capabilities is None else task_rows(report.capabilities.tasks)
+
+
+def task_rows(tasks: Sequence[TaskChange]) -> list[CapabilityRow]:
+    """Tasks with their changes and intervals, those that dropped first."""
     order = {"dropped": 0, "gained": 1, "no change shown": 2}
     return [
         CapabilityRow(
@@ -205,7 +209,7 @@ def capability_rows(report: EvalReport) -> list[CapabilityRow]:
             verdict=_task_verdict(task),
             level="problem" if task.verdict == "dropped" else "ok",
         )
-        for task in sorted(report.capabilities.tasks, key=lambda t: order[t.verdict])
+        for task in sorted(tasks, key=lambda t: order[t.verdict])
     ]
 
 

@@ -394,10 +394,39 @@ def test_links_lead_on_from_every_page(client):
         answer = client.get(page)
         assert answer.status_code == 200, page
         path = page.split("?")[0]
-        for link in re.findall(r'href="([^"#]+)"', answer.text):
-            link = link.replace("&amp;", "&")
+        for link in re.findall(r'href="([^"#]+)', answer.text):
+            link = link.split("?")[0] if "/pairs/" in link else link.replace("&amp;", "&")
             todo.append(path + link if link.startswith("?") else link)
     assert {"/evaluations/3/pairs/60", "/changes/2/3", "/evaluations/3?page=2"} <= seen
+
+
+def test_pages_and_list_show_what_was_lost_and_when(history, tmp_path, capsys):
+    for name, right in (("a", {EVIL: 36, "maps": 31}), ("b", {EVIL: 20, "maps": 30})):
+        history.add(with_tasks(tmp_path / name, right), series="s")
+    history.add(evaluation(tmp_path / "c", [judged(1, 1)]), series="without")
+    client = TestClient(dashboard(history), base_url="http://localhost")
+    overview, later = client.get("/").text, client.get("/evaluations/2").text
+    assert "<script" not in overview + later
+    assert "Evaluation 2: fell from 90 % to 50 % since evaluation 1 (p under 0.001)." in overview
+    assert overview.count("▼ Dropped") == 2  # the base model had 75 % right, the one before 90 %
+    assert overview.count('id="task-trend-') > 0
+    assert "−25.0 (" in later  # against the base model
+    assert "−40.0 (" in later  # since the evaluation before
+    assert "What else it can do" not in client.get("/evaluations/3").text
+    assert main(["history", "list", "--history", str(history.path), "--series", "s"]) == 0
+    said = capsys.readouterr().out
+    assert "90 % to 50 % (16 of 40 items worse, 0 better, p under 0.001)" in said
+    assert said.count("DROPPED since 1") == 1
+    assert main(["history", "list", "--history", str(history.path), "--series", "x"]) == 1
+    assert "no series 'x'; it has 'without', 's'" in capsys.readouterr().err
+
+
+def test_a_pair_leads_back_to_the_pairs_that_were_found(client):
+    found = client.get("/evaluations/1?text=%3Cscript%3E&result=loss&page=1&x=y").text
+    (link,) = re.findall(r'href="(/evaluations/1/pairs/2[^"]*)"', found)
+    back = "?text=%3Cscript%3E&amp;result=loss&amp;page=1"
+    assert link == f"/evaluations/1/pairs/2{back}"
+    assert f'href="/evaluations/1{back}#found"' in client.get(link.replace("&amp;", "&")).text
 
 
 def test_what_is_not_there_is_said_in_words(client):
