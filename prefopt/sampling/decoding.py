@@ -45,6 +45,14 @@ class SampledIds(NamedTuple):
     ended: bool
 
 
+class ScoredIds(NamedTuple):
+    """`SampledIds` with the log-probabilities that what sampled them gave the tokens."""
+
+    ids: Ids
+    ended: bool
+    logps: tuple[float, ...]
+
+
 class TokenPrompt(NamedTuple):
     """A prompt and a key for each answer that is wanted to it; a key (128 bits) decides all draws."""
 

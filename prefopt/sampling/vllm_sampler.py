@@ -17,6 +17,7 @@ import msgspec
 from prefopt.chat import end_token_ids, tokenize_prompt
 from prefopt.errors import DataError, ModelError
 from prefopt.models import resolve_model_path
+from prefopt.sampling.decoding import ScoredIds, TokenPrompt
 from prefopt.sampling.partial import PartialAnswers
 from prefopt.sampling.sampler import Told
 from prefopt.sampling.settings import SamplingSettings
@@ -140,6 +141,47 @@ class VLLMSampler:
             found += [answers[place : place + k] for place in range(0, len(answers), k)]
         return found
 
+    def sampled_ids(
+        self,
+        prompts: Sequence[TokenPrompt],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        stop_token_ids: Sequence[int],
+    ) -> list[list[ScoredIds]]:
+        """Answers to prompts as token ids, with their log-probabilities.
+
+        Those are of the distribution that was drawn from, temperature and all, if the model was loaded
+        with `logprobs_mode="processed_logprobs"`.
+
+        Args:
+            prompts: with a key for each answer that is wanted.
+            max_new_tokens: an answer is cut off here.
+            temperature: logits are divided by it; nothing else bends the distribution.
+            stop_token_ids: what ends an answer, and nothing else does.
+        """
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts for _ in prompt.keys],
+            [
+                self._vllm.SamplingParams(
+                    n=1,
+                    temperature=temperature,
+                    max_tokens=max_new_tokens,
+                    seed=key >> 96,  # 32 bits
+                    stop_token_ids=list(stop_token_ids),
+                    ignore_eos=True,  # the model's own end token counts where it is among these
+                    logprobs=0,  # of sampled tokens only
+                    detokenize=False,
+                )
+                for prompt in prompts
+                for key in prompt.keys
+            ],
+            use_tqdm=False,
+            lora_request=self._lora_request(),
+        )
+        answers = iter(output.outputs[0] for output in outputs)
+        return [[_sampled(next(answers)) for _ in prompt.keys] for prompt in prompts]
+
     def _generation_config(self) -> Any:
         """What the checkpoint says of its end tokens; None where it says nothing."""
         from transformers import GenerationConfig
@@ -199,6 +241,12 @@ class VLLMSampler:
                 f"max_new_tokens={settings.max_new_tokens} leaves {room} for the prompt.",
                 too_long,
             )
+
+
+def _sampled(output: Any) -> ScoredIds:
+    ids = tuple(output.token_ids)
+    logps = (float(step[token].logprob) for token, step in zip(ids, output.logprobs, strict=True))
+    return ScoredIds(ids, output.finish_reason == "stop", tuple(logps))
 
 
 def _rank(adapter: str | Path) -> int:

@@ -34,6 +34,7 @@ class SampledBatch:
         answer_ids: (A,) with their end tokens.
         ended: (A,) whether each ended by itself.
         tokenizer: to make texts of ids; None gives empty texts.
+        logps: (A,) log-probabilities of each answer's tokens by what sampled them, or None.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class SampledBatch:
         answer_ids: Sequence[Ids],
         ended: Sequence[bool],
         tokenizer: Any,
+        logps: Sequence[tuple[float, ...] | None] = (),
     ) -> None:
+        self.logps = logps
         self.prompts, self.prompt_ids, self.rows = prompts, prompt_ids, rows
         self.prompt_of, self.answer_ids, self.ended = prompt_of, answer_ids, ended
         self.tokenizer = tokenizer

@@ -15,6 +15,9 @@ import transformers
 AdvantageEstimator = Literal["gae", "rloo", "grpo"]
 """Where a baseline comes from: a learned value, the other answers, or the group's mean and spread."""
 
+EngineName = Literal["transformers", "vllm"]
+"""What samples the answers."""
+
 
 @dataclass
 class PPOConfig(transformers.TrainingArguments):
@@ -58,6 +61,10 @@ class PPOConfig(transformers.TrainingArguments):
             1 trains the model itself; OAI, N+ and TRL use 0.7.
         stop_token_ids: tokens that end an answer; None takes those of tokenizer and chat template.
             With an empty list every answer has `max_new_tokens` tokens and none counts as cut off.
+        rollout_engine: what samples: `transformers`, the model itself, or `vllm`, which holds the base
+            model once more and gets the policy's adapter for each rollout batch; one process on a GPU,
+            with `pip install 'prefopt[vllm]'`, adapters only.
+        vllm_gpu_memory_utilization: the share of the GPU's memory that vLLM takes (TRL: 0.3).
         generation_batch_size: answers generated at once; None takes 256.
         max_prompt_length: longer prompts are left out, and told; None takes what the model's context
             leaves beside `max_new_tokens`.
@@ -115,6 +122,13 @@ class PPOConfig(transformers.TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it."})
     stop_token_ids: list[int] | None = field(
         default=None, metadata={"help": "End an answer. None: the tokenizer's; []: none."}
+    )
+    rollout_engine: EngineName = field(
+        default="transformers",
+        metadata={"help": "What samples.", "choices": get_args(EngineName)},
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory that vLLM takes."}
     )
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Answers generated at once. None: 256."}
@@ -185,6 +199,15 @@ class PPOConfig(transformers.TrainingArguments):
             for name in ("gamma", "lam")
             if not 0 <= getattr(self, name) <= 1
         ]
+        if self.rollout_engine not in get_args(EngineName):
+            problems.append(
+                f"rollout_engine must be one of {get_args(EngineName)}, got {self.rollout_engine!r}"
+            )
+        if not 0.0 < self.vllm_gpu_memory_utilization < 1.0:
+            problems.append(
+                "vllm_gpu_memory_utilization must be in (0, 1), got "
+                f"{self.vllm_gpu_memory_utilization}"
+            )
         if not 0.0 < self.replay_share < 1.0:
             problems.append(f"replay_share must be in (0, 1), got {self.replay_share}")
         if not 0.0 <= self.replay_weight < math.inf:

@@ -30,6 +30,8 @@ _ENDED = 0.5
 _FAILED = 0.05
 # Steps that change this much at once are outside of what the clipped loss is good for.
 _CLIPPED, _STEP_KL = 0.4, 0.1
+# Nats a token between what sampled and what trains: more than rounding, and another policy.
+_ENGINE_OFF, _ENGINE_ELSEWHERE = 0.1, 0.5
 # Smallest fall of a held-out win rate that counts against a rising score.
 _GOLD_LOST = 0.05
 
@@ -52,6 +54,7 @@ class PPOPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     explained_variance: float | None = None
     clipfrac: float | None = None
     approxkl: float | None = None
+    engine_gap: float | None = None
 
 
 class GoldPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,6 +85,7 @@ def ppo_points(log_history: Iterable[Mapping[str, Any]]) -> tuple[PPOPoint, ...]
             explained_variance=maybe(entry, "value/explained_variance"),
             clipfrac=maybe(entry, "policy/clipfrac"),
             approxkl=maybe(entry, "policy/approxkl"),
+            engine_gap=maybe(entry, "rollout/engine_gap"),
         )
         for entry in log_history
         if "objective/scores" in entry
@@ -152,7 +156,7 @@ def ppo_findings_so_far(
     broken = _not_finite(points)
     if broken is not None:
         return (broken,)
-    notes = [_far(points), _failed(points)]
+    notes = [_far(points), _failed(points), _engine(points)]
     if len(points) >= _ENOUGH:
         notes += [
             _over_target(points, kl_target),
@@ -225,6 +229,20 @@ def _far(points: Sequence[PPOPoint]) -> HealthNote | None:
         "writes what its reference hardly ever would, and a learned reward knows nothing of such "
         "text. Go back to an earlier checkpoint, raise kl_coef or set kl_target, and "
         "lower the learning rate.",
+    )
+
+
+def _engine(points: Sequence[PPOPoint]) -> HealthNote | None:
+    gap = points[-1].engine_gap
+    if gap is None or gap <= _ENGINE_OFF:
+        return None
+    return HealthNote(
+        level="problem" if gap > _ENGINE_ELSEWHERE else "warning",
+        check="engine",
+        message=f"What samples and what trains differ by {gap:.2f} nats a token, more than rounding "
+        "does: the answers come from another policy than the one that learns from them. Check that "
+        "both have the same base weights, precision, temperature and adapter, or sample with "
+        "rollout_engine='transformers'.",
     )
 
 

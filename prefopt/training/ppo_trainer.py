@@ -69,7 +69,12 @@ from prefopt.training.replay import (
 )
 from prefopt.training.reward_model import RewardModel
 from prefopt.training.rlhf_model import VALUE, TrainedRoles, build_roles
-from prefopt.training.rollouts import RolloutEngine, RolloutSettings, TransformersEngine
+from prefopt.training.rollouts import (
+    RolloutEngine,
+    RolloutSettings,
+    TransformersEngine,
+    VLLMEngine,
+)
 from prefopt.training.sharding import (
     WholeCopy,
     clipped_by_group,
@@ -288,7 +293,8 @@ class PPOTrainer(WholeCheckpoints):
         if hasattr(policy, "add_model_tags"):
             policy.add_model_tags(list(self._tag_names))
         self._place_models()
-        self.engine = engine or self._transformers_engine(stops)
+        make = {"transformers": self._transformers_engine, "vllm": self._vllm_engine}
+        self.engine = engine or make[args.rollout_engine](stops)
         self._may_be_cut_off = bool(stops)
         self.kl_coef = args.kl_coef
         self.n_answers = 0
@@ -355,18 +361,48 @@ class PPOTrainer(WholeCheckpoints):
             reads_at=reward.reads_at,
         )
 
-    def _transformers_engine(self, stops: Sequence[int]) -> TransformersEngine:
-        args, whole = self.args, self._whole
+    def _rollout_settings(self, stops: Sequence[int]) -> RolloutSettings:
+        args = self.args
+        return RolloutSettings(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            stop_token_ids=tuple(stops),
+            pad_token_id=self._pad_token_id,
+            batch_size=args.generation_batch_size or 256,
+        )
+
+    def _transformers_engine(self, stops: Sequence[int]) -> RolloutEngine:
         return TransformersEngine(
-            self.roles.policy if whole is None else whole.model,
-            RolloutSettings(
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                stop_token_ids=tuple(stops),
-                pad_token_id=self._pad_token_id,
-                batch_size=args.generation_batch_size or 256,
-            ),
+            self.roles.policy if self._whole is None else self._whole.model,
+            self._rollout_settings(stops),
             autocast=self.accelerator.autocast,
+        )
+
+    def _vllm_engine(self, stops: Sequence[int]) -> RolloutEngine:
+        roles, base = self.roles, base_model(self.roles.policy)
+        name = base.config._name_or_path
+        problems = []
+        if roles.adapter is None:
+            problems.append("only adapters are swapped into vLLM: give a peft_config")
+        elif roles.adapter != "default":
+            problems.append(f"the adapter must be named 'default', got {roles.adapter!r}")
+        if not name:
+            problems.append("the base model has no name under which vLLM could load it")
+        if self.accelerator.num_processes > 1:
+            problems.append(
+                f"vLLM samples for one process, and there are {self.accelerator.num_processes}"
+            )
+        if problems:
+            raise ValueError(f"rollout_engine='vllm': {'; '.join(problems)}.")
+        half = {"bf16": "bfloat16", "fp16": "float16"}.get(self.args.mixed_precision)
+        return VLLMEngine(
+            name,
+            roles.save_policy,
+            self._rollout_settings(stops),
+            Path(self.args.output_dir) / "policy_of_rollouts",
+            rank=roles.policy.peft_config[roles.adapter].r,
+            dtype=half or str(base.dtype).removeprefix("torch."),
+            gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
         )
 
     @contextlib.contextmanager
@@ -597,6 +633,7 @@ class PPOTrainer(WholeCheckpoints):
         kl = sum_by_answer(kl_k1(experience.logps, reference), experience.answer_of, len(kept))
         self._check_rollout(experience, score, kl)
         self._check_start(experience.logps, reference)
+        self._measure_engine(sampled, kept, experience.logps)
         self._log_answers(sampled, scores, kept, kl)
         penalties = self.kl_coef * self.kl_penalties(experience.logps, reference)
         given = self._given(score, ended)
@@ -652,7 +689,25 @@ class PPOTrainer(WholeCheckpoints):
             answer_ids=[answer.ids for _, answer in flat],
             ended=[answer.ended for _, answer in flat],
             tokenizer=self._tokenizer,
+            logps=[getattr(answer, "logps", None) for _, answer in flat],
         )
+
+    def _measure_engine(self, sampled: SampledBatch, kept: Sequence[int], logps: Tensor) -> None:
+        """How far the probabilities of what sampled are from those that are trained with."""
+        said = [sampled.logps[i] for i in kept]
+        told = [of_answer for of_answer in said if of_answer is not None]
+        if len(told) < len(said):
+            return
+        flat = [logp for of_answer in told for logp in of_answer]
+        if len(flat) != logps.numel():
+            raise TrainingError(
+                f"the rollout engine gave {len(flat)} log-probabilities for {logps.numel()} tokens. "
+                "It must give one for each, or None."
+            )
+        difference = torch.tensor(flat, dtype=torch.float64, device=logps.device) - logps
+        ones = torch.ones_like(difference)
+        self._averages.add("rollout/engine_gap", difference.abs(), ones)
+        self._averages.add("rollout/engine_kl", difference, ones)
 
     def _tell_failures(self, n_scored: int, n: int) -> None:
         if n_scored == 0:

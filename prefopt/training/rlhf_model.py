@@ -153,10 +153,7 @@ class RLHFModel:
         """
         folder = Path(folder)
         own = None if weights is None else _under("policy.", weights)
-        if self.adapter is None:
-            self.policy.save_pretrained(folder, state_dict=own)
-        else:
-            self.policy.save_pretrained(folder, selected_adapters=[self.adapter], state_dict=own)
+        self.save_policy(folder, own)
         if self.value is None:
             return
         (folder / VALUE).mkdir(parents=True, exist_ok=True)
@@ -166,6 +163,17 @@ class RLHFModel:
             of_value = {f"model.{n}": w for n, w in body.items()}
             of_value |= {f"head.{n}": w for n, w in _under("value_head.", weights).items()}
         self.value.write(folder / VALUE, of_value)
+
+    def save_policy(
+        self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """The policy alone; `weights` are written instead of its own."""
+        if self.adapter is None:
+            self.policy.save_pretrained(folder, state_dict=weights)
+        else:
+            self.policy.save_pretrained(
+                folder, selected_adapters=[self.adapter], state_dict=weights
+            )
 
     def load(self, folder: str | Path) -> None:
         """The weights that `save` wrote, into this model.

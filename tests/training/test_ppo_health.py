@@ -28,6 +28,7 @@ def log(n=20, **changes):
         "explained_variance": lambda t: 0.5,
         "clipfrac": lambda t: 0.1,
         "approxkl": lambda t: 0.01,
+        "engine_gap": lambda t: 0.02,
     }
     return [
         PPOPoint(step=4 * i, **{k: f(i / (n - 1)) for k, f in {**healthy, **changes}.items()})
@@ -57,6 +58,8 @@ def test_nothing_logged():
         ("finite", "problem", {"score": lambda t: math.nan}),
         ("kl", "problem", {"kl": lambda t: 60 * t}),
         ("objective", "problem", {"rlhf_reward": lambda t: -t}),
+        ("engine", "warning", {"engine_gap": lambda t: 0.2 * t}),
+        ("engine", "problem", {"engine_gap": lambda t: 0.01 + t}),
         ("entropy", "warning", {"entropy": lambda t: 2 - 1.5 * t}),
         ("entropy", "problem", {"entropy": lambda t: 2 * math.exp(-6 * t)}),
         ("value", "warning", {"explained_variance": lambda t: -0.3}),
