@@ -401,7 +401,7 @@ def load_optimizer_state(
         }
         inner.load_state_dict({"state": shares, "param_groups": state["param_groups"]})
         return
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     base = inner.optimizer
     by_element = []
@@ -415,10 +415,23 @@ def load_optimizer_state(
                 base.state[flat][name] = _on_cpu(value)
     _link_states(inner)
     for parameter, value, name in by_element:
-        safe_set_full_optimizer_state(parameter, value, name)
+        if hasattr(parameter, "ds_id"):
+            # Of a parameter that processes cannot share evenly DeepSpeed 0.19 sets no whole state.
+            safe_set_local_optimizer_state(parameter, _zero3_share(parameter, value), name)
+        else:
+            safe_set_full_optimizer_state(parameter, value, name)
     filled = [group for group in state["param_groups"] if group["params"]]
     for group, saved in zip(base.param_groups, filled, strict=True):
         group.update({name: value for name, value in saved.items() if name != "params"})
+
+
+def _zero3_share(parameter: Any, value: Tensor) -> Tensor:
+    """This process's share of a tensor like a parameter, filled up with zeros at the end."""
+    n, process = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
+    share = value.new_zeros(n)
+    own = value.flatten()[n * process : n * (process + 1)]
+    share[: own.numel()] = own
+    return share
 
 
 def _is_zero(optimizer: Any) -> bool:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prefopt import PPOConfig, PPOTrainer, RewardModel
 from prefopt.training.rlhf_model import TrainedRoles
 from prefopt.training.sharding import holds_parts, whole_weights
+from prefopt.training.token_rows import TokenRow
 from tests.training.processes import fork_cases
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -44,6 +45,13 @@ def tiny_policy(seed=0, **more):
     return model.eval()
 
 
+GENERAL = [
+    TokenRow(prompt, answer, False)
+    for prompt, answer in (
+        ((8,), (1, 2, END)), ((9, 10), (3,)), ((11,), (4, 4, 5, END)), ((8, 8), (6, END)),
+        ((10,), (2, 3, 4, 5, 6)),
+    )
+]  # fmt: skip
 PROMPTS = [{"prompt_ids": ids} for ids in ([8, 9, 10], [9], [11, 8], [10, 10, 9, 8], [8], [11])]
 
 
@@ -66,6 +74,7 @@ def make_trainer(
     callbacks=None,
     processing_class=None,
     engine=None,
+    replay=None,
     **settings,
 ):
     arguments = {
@@ -87,6 +96,7 @@ def make_trainer(
         peft_config=copy.deepcopy(peft_config),
         callbacks=callbacks,
         engine=engine,
+        replay_dataset=replay,
     )
 
 
@@ -146,6 +156,7 @@ def train_case(folder, settings):
         reward=learned_reward(tune),
         peft_config=peft_config,
         eval_rows=PROMPTS[:3],
+        replay=GENERAL,
         **settings,
     )
     trainer.train(resume_from_checkpoint=resume)

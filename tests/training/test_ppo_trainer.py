@@ -14,6 +14,7 @@ from prefopt.training.ppo_trainer import _with_spreads
 from prefopt.training.rollouts import SampledIds
 from tests.training.ppo_cases import (
     END,
+    GENERAL,
     LORA,
     PROMPTS,
     ByPrompt,
@@ -123,6 +124,42 @@ def test_the_first_step_by_hand(tmp_path, temperature):
         assert (step - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("split", [{}, {"micro_batch_tokens": 8}], ids=["whole", "split"])
+def test_general_rows_add_their_nll(tmp_path, split):
+    """InstructGPT's eq. 2: PPO's gradient + weight x that of the NLL a token, at temperature 1."""
+    common = {
+        "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "num_rollouts": 1,
+        "num_ppo_epochs": 1, "engine": ByPrompt(), "temperature": 0.6, "replay_weight": 0.7,
+        "replay_share": 0.2, **split,
+    }  # fmt: skip
+    plain = trained(tmp_path / "a", **common)
+    with_rows = trained(tmp_path / "b", replay=GENERAL, **common)
+    rows = with_rows._replay.at(0)
+    assert len(rows) == 3  # a fifth of the step's 15
+    policy = tiny_policy()
+    logps = []
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_ids, *row.answer_ids]])
+        log_p = policy(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
+        logps.append(log_p.gather(-1, torch.tensor(row.answer_ids)[:, None])[:, 0])
+    nll = -torch.cat(logps).mean()
+    nll.backward()
+    nll = float(nll.detach())
+    moved = [dict(t.model.named_parameters()) for t in (plain, with_rows)]
+    for name, parameter in policy.named_parameters():
+        step = (moved[0][name] - moved[1][name]).detach()
+        assert (step - 0.7 * parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-6, name
+    logged_nll = with_rows.state.log_history[0]["replay/nll"]
+    assert logged_nll == pytest.approx(nll, rel=1e-5)
+    n = len(plain.roles.policy_parameters())  # the value has nothing to do with it
+    assert_same(weights(with_rows)[n:], weights(plain)[n:])
+
+
+def test_general_rows_without_weight_are_not_read(tmp_path):
+    trainer = make_trainer(tmp_path, replay=["no rows at all"], replay_weight=0.0)
+    assert trainer._replay is None
+
+
 SPLITS = {
     "micro-batches": {"micro_batch_tokens": 16},
     "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
@@ -140,7 +177,9 @@ SPLITS = {
 )
 def test_one_gradient_for_every_split(tmp_path, how, split):
     # Steps of Adam divide by the gradient's size, so rounding could show; these do not.
-    common = {"optim": "sgd", "engine": ByPrompt(), "num_mini_batches": 2, **how}
+    common = {
+        "optim": "sgd", "engine": ByPrompt(), "num_mini_batches": 2, "replay": GENERAL, **how,
+    }  # fmt: skip
     whole = trained(tmp_path / "a", **common)
     parts = trained(tmp_path / "b", **common, **split)
     assert_same(weights(parts), weights(whole), 1e-5)
@@ -417,7 +456,7 @@ def test_adapters_on_a_base_in_bf16(tmp_path):
 def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, how, mini_batches):
     common = {
         "num_rollouts": 5, "num_mini_batches": mini_batches, "kl_target": 1.0, "kl_horizon": 50.0,
-        "lr_scheduler_type": "linear", "logging_steps": 2 * mini_batches, **how,
+        "lr_scheduler_type": "linear", "logging_steps": 2 * mini_batches, "replay": GENERAL, **how,
     }  # fmt: skip
     whole = trained(tmp_path / "a", **common)
     steps = 2 * mini_batches  # of a rollout batch; two batches are an epoch

@@ -18,6 +18,8 @@ SETTINGS = {
     "optim": "adamw_torch", "max_grad_norm": 0.5, "value_max_grad_norm": 0.1,
     "value_learning_rate": 0.02, "weight_decay": 0.1, "cliprange_value": None,
     "save_strategy": "steps", "save_steps": 2,
+    # Steps of Adam divide by the gradient's size: of one near 0 they would show the rounding.
+    "adam_epsilon": 1e-3,
 }  # fmt: skip
 SHARDED = ("fsdp2", "zero3")
 needs_deepspeed = pytest.mark.skipif(
@@ -51,7 +53,8 @@ def assert_same(folder, name, other="one"):
     for line, same in zip(lines, others, strict=True):
         assert line.keys() == same.keys()
         for key, value in same.items():
-            assert key == "epoch" or line[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+            if key not in ("epoch", "train_loss"):  # the mean since it was resumed
+                assert line[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     assert sampled[0] == answers[0]
     assert sampled[1] == pytest.approx(answers[1], rel=1e-4)
 
@@ -88,7 +91,8 @@ def test_two_processes_are_one(tmp_path):
 def test_every_arrangement_is_one_process(tune, recipe, tmp_path):
     """Each goes on from the other's checkpoint, too."""
     one, two = settings_of(tune, None), settings_of(tune, recipe)
-    still = {"learning_rate": 1e-30, "value_learning_rate": 1e-30, "weight_decay": 0.0}
+    # Steps of nothing, so that both save the same weights.
+    still = {"learning_rate": 1e-300, "value_learning_rate": 1e-300, "weight_decay": 0.0}
     checkpoints = {n: str(tmp_path / n / "run" / "checkpoint-2") for n in ("one", "two")}
     cases = {
         "one": one,
