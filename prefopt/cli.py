@@ -1371,6 +1371,17 @@ def _guarded(work: Callable[[], None]) -> int:
         return 130
     except Exception as error:
         from prefopt.data.records import disk_trouble, unwritable
+        from prefopt.out_of_memory import is_out_of_memory, memory_words
+
+        if is_out_of_memory(error):
+            print(
+                f"prefopt: out of memory ({memory_words(error)}). Lower what goes through a model at "
+                "once: batch_size of sampling, micro_batch_tokens of training, or max_length; "
+                "`prefopt plan` says what fits. What was finished is kept; the same command goes on "
+                "from it.",
+                file=sys.stderr,
+            )
+            return 1
 
         trouble = disk_trouble(error)
         if trouble is None:

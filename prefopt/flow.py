@@ -25,6 +25,7 @@ from prefopt.flow_stages import (
     spent_usd,
 )
 from prefopt.models import Device, LoRASettings
+from prefopt.out_of_memory import without_memory_settings
 from prefopt.sampling.candidates import SamplingSettings
 from prefopt.training.dpo import DPOSettings
 
@@ -171,7 +172,7 @@ def run_flow(
         adapter_needs = {
             "model": weights,
             "preferences": run.sha256_of("preferences"),
-            "dpo": dpo,
+            "dpo": without_memory_settings(msgspec.to_builtins(dpo)),
             "replay": general,
             "lora": config.lora,
         }

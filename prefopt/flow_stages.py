@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from prefopt.models import Device, LanguageModel
+from prefopt.out_of_memory import without_memory_settings
 from prefopt.sampling.candidates import SamplingSettings
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def opened_run(
     for free in ("max_usd", "prices", "transport"):
         plain.pop(free)
     plain.pop("capabilities", None)  # the report depends on them, no other stage does
+    plain = without_memory_settings(plain)
     with Run(config.out, plain, on_change=on_change) as run:
         run.records("train_prompts", Prompt, lambda _: train, depends_on={"prompts": train})
         run.records(

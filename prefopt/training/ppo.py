@@ -32,6 +32,7 @@ from prefopt.models import (
     lora_config,
     model_fingerprint,
 )
+from prefopt.out_of_memory import without_memory_settings
 from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
 from prefopt.training.health import HealthNote
 from prefopt.training.ppo_health import PPOPoint, ppo_points
@@ -110,7 +111,7 @@ def train_ppo(
             _reward_identity(reward),
             [p.prompt_id for p in prompts],
             [p.prompt_id for p in held_out],
-            msgspec.to_builtins(settings),
+            without_memory_settings(msgspec.to_builtins(settings)),
             msgspec.to_builtins(lora),
             lora.continue_from and adapter_fingerprint(lora.continue_from),
         ],

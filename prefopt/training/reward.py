@@ -35,6 +35,7 @@ from prefopt.models import (
     lora_config,
     model_fingerprint,
 )
+from prefopt.out_of_memory import without_memory_settings
 from prefopt.progress import progress_bar
 from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.loop_settings import loop_arguments
@@ -128,7 +129,7 @@ def train_reward(
         "reward model",
         model_fingerprint(model if isinstance(model, str) else model.base),
         rows,
-        msgspec.to_builtins(settings),
+        without_memory_settings(msgspec.to_builtins(settings)),
         msgspec.to_builtins(lora),
         lora.continue_from and adapter_fingerprint(lora.continue_from),
     ]

@@ -40,6 +40,7 @@ from prefopt.models import (
     lora_config,
     model_fingerprint,
 )
+from prefopt.out_of_memory import without_memory_settings
 from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote, diagnose, training_points
 from prefopt.training.loop_settings import loop_arguments, loop_problems
@@ -211,7 +212,7 @@ def train_sft(
         "sft",
         model_fingerprint(loaded.base),
         tokenized,
-        msgspec.to_builtins(settings),
+        without_memory_settings(msgspec.to_builtins(settings)),
         msgspec.to_builtins(lora),
         lora.continue_from and adapter_fingerprint(lora.continue_from),
     ]

@@ -9,6 +9,7 @@ loss of a micro-batch; the loop is `transformers.Trainer`'s.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ import transformers
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from prefopt.errors import TrainingError
+from prefopt.out_of_memory import is_out_of_memory, memory_words
 from prefopt.training.callbacks import AnswerCallback, ProgressBar
 from prefopt.training.preference_rows import (
     TOKEN_COLUMNS,
@@ -141,6 +144,7 @@ class TreeTrainer(WholeCheckpoints):
         self._offload: Any = contextlib.nullcontext()
         self._set_up_sharding()
         self._scoring: Scoring | None = None
+        self._rows_of_step: list[PreferenceRow] = []
 
     @property
     def _language_model(self) -> Any:
@@ -235,6 +239,7 @@ class TreeTrainer(WholeCheckpoints):
             self.accelerator, read[-1], self._train_batch_size, self._rows_of_training
         )
         rows = [row for part in (*read[:-1], last) for row in part]
+        self._rows_of_step = rows
         plan = self._plan(rows)
         spare = smallest(plan or self._plan(read[-1]))
         n_rows = float(len(rows))
@@ -290,7 +295,84 @@ class TreeTrainer(WholeCheckpoints):
     def training_step(
         self, model: Any, inputs: PlannedBatch, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of some micro-batches; the gradients of the step add up to its mean."""
+        """Forward and backward of some micro-batches; the gradients of the step add up to its mean.
+
+        Raises:
+            TrainingError: the memory does not suffice; says which setting does, measured.
+        """
+        try:
+            return self._forward_and_backward(model, inputs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = memory_words(error)
+        # Only here, where nothing holds the tensors of what failed.
+        raise TrainingError(self._what_fits(model, inputs, said))
+
+    def _what_fits(self, model: Any, inputs: PlannedBatch, said: str) -> str:
+        """What to say of a step that did not fit the memory: the setting with which it does."""
+        step, budget = self.state.global_step + 1, self._budget
+        problem = (
+            f"out of memory at step {step} ({said}), with micro_batch_tokens {budget:,} on "
+            f"{self.args.device.type}."
+        )
+        longest = max((tree.n_tokens for b in inputs.micro_batches for tree in b.trees), default=1)
+        most = max((sum(t.n_tokens for t in b.trees) for b in inputs.micro_batches), default=budget)
+        again = (
+            "It decides about memory and not about the result: run again with it, and training goes "
+            "on from its last checkpoint."
+        )
+        if self.accelerator.num_processes > 1 or not self._rows_of_step:
+            return f"{problem} Lower micro_batch_tokens. {again}"
+        tried = min(budget, most)
+        while tried > longest:
+            tried = max(tried // 2, longest)
+            if self._fits(model, inputs, tried):
+                return (
+                    f"{problem} Measured: this step fits with micro_batch_tokens {tried}. {again}"
+                )
+        cannot = f"its longest row alone has {longest:,} tokens, which go through the model at once"
+        if not self.args.gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if self._fits(model, inputs, longest):
+                return (
+                    f"{problem} No smaller micro-batch fits: {cannot}. Measured: the step fits with "
+                    f"gradient_checkpointing true and micro_batch_tokens {longest}. {again}"
+                )
+        return (
+            f"{problem} Nothing smaller fits, {cannot}. Lower max_length, take a smaller model or "
+            "adapter, or hold the base model in 4 bits; `prefopt plan` says what fits where."
+        )
+
+    def _fits(self, model: Any, inputs: PlannedBatch, budget: int) -> bool:
+        """Whether the step's largest micro-batch goes through at this size, twice in a row."""
+        given, self.args.micro_batch_tokens = self.args.micro_batch_tokens, budget
+        try:
+            self._free(model)
+            plan = self._plan(self._rows_of_step)
+            largest = max(plan, key=lambda m: sum(tree.n_tokens for tree in m.trees))
+            for _ in range(2):  # the second time the gradients are there already
+                self._before_passes([largest])
+                with tree_attention(self._language_model, self.scoring):
+                    loss = self._micro_batch_loss(model, largest, inputs, "spare")
+                    self.accelerator.backward(loss)
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.args.micro_batch_tokens = given
+            self._free(model)
+
+    @staticmethod
+    def _free(model: Any) -> None:
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _forward_and_backward(self, model: Any, inputs: PlannedBatch) -> Tensor:
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
