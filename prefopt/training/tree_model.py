@@ -259,7 +259,7 @@ def _score(
         lowest = torch.finfo(model.dtype).min
         kwargs["attention_mask"] = torch.where(mask, 0.0, lowest).to(model.dtype)
     if isinstance(asked, _States):
-        states: Tensor = model.base_model(*args, **kwargs).last_hidden_state
+        states: Tensor = _decoder(model)(*args, **kwargs).last_hidden_state
         return states.flatten(0, 1)[asked.index]
     if asked.from_logits:
         out = original(*args, **kwargs)
@@ -267,7 +267,7 @@ def _score(
         cooled = rows[asked.predictor].float() / asked.temperature
         tokens = _from_logits(cooled, asked.targets, asked.log_sum_sq)
     else:
-        out = model.base_model(*args, **kwargs)
+        out = _decoder(model)(*args, **kwargs)
         hidden = out.last_hidden_state.flatten(0, 1)[asked.predictor]
         output_head(model)  # an adapter on it would be passed over
 
@@ -286,6 +286,12 @@ def _score(
     if kwargs.get("output_router_logits"):
         balance = _balancing_loss(model, out, kwargs.get("attention_mask"), asked.n_tokens)
     return AnswerScores(tokens, balance)
+
+
+def _decoder(model: Any) -> Any:
+    """A causal language model without its head."""
+    inner = model.base_model
+    return model.model if inner is model else inner  # Llama 4's prefix names no attribute
 
 
 def _from_logits(logits: Tensor, targets: Tensor, log_sum_sq: bool) -> TokenScores:
@@ -486,7 +492,7 @@ def _first_that_agrees(
             with tree_attention(model, scoring):
                 batch = replace(scoring, segment_cost=0.0).batch(trees, 0).to(device)
                 found = _tried(model, batch, scoring)
-        except (TypeError, ValueError, RuntimeError, NotImplementedError, ModelError) as error:
+        except Exception as error:  # it is somebody else's code
             message = (str(error).splitlines() or [type(error).__name__])[0]
             reasons.append(f"{scoring.way} fails: {message[:150].rstrip('.')}")
             continue
