@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from prefopt.classic_flow import ClassicConfig, run_classic_flow
 from prefopt.data.export_formats import FormatName
-from prefopt.errors import GateFailed, HostedError, PrefoptError
+from prefopt.errors import DataError, GateFailed, HostedError, PrefoptError
 from prefopt.evaluation.tuning_advice import Aim, Changes
 from prefopt.flow import FlowConfig, run_flow
 from prefopt.forgetting_flow import ForgettingConfig, run_forgetting_flow
@@ -1189,11 +1189,28 @@ def _parser(usage: str, description: str) -> Any:
     )
 
 
-def _command(function: Any, usage: str) -> Any:
+def _options_file() -> Any:
+    """The action behind --config: a file that is plain data, and nothing but a file."""
     from jsonargparse import ActionConfigFile
 
+    from prefopt.config_file import check_config_file
+
+    class OptionsFile(ActionConfigFile):  # type: ignore[misc]
+        """Looks at the file before anything acts on what it says."""
+
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+            try:
+                check_config_file(values)
+            except DataError as error:
+                raise TypeError(str(error)) from error
+            super().__call__(parser, cfg, values, option_string)
+
+    return OptionsFile
+
+
+def _command(function: Any, usage: str) -> Any:
     parser = _parser(f"prefopt {usage} [options]", _text(function))
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with options")
+    parser.add_argument("--config", action=_options_file(), help="a YAML file with options")
     return parser
 
 
@@ -1202,10 +1219,8 @@ def _run_command(
     description: str,
     config_class: type[FlowConfig] | type[ClassicConfig] | type[ForgettingConfig],
 ) -> Any:
-    from jsonargparse import ActionConfigFile
-
     parser = _parser(usage, description)
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with options")
+    parser.add_argument("--config", action=_options_file(), help="a YAML file with options")
     parser.add_class_arguments(config_class, as_group=False)
     parser.add_argument(
         "--on_change",

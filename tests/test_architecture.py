@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "prefopt"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TEXT_SIDE = {
-    "types", "errors", "preferences", "label_model", "labelling", "judging_plan", "runs",
+    "types", "errors", "config_file", "preferences", "label_model", "labelling", "judging_plan",
+    "runs",
     "progress", "chat", "label_job",
     "data", "judges.base", "judges.ledger", "judges.rubric", "judges.rules", "judges.scripted",
     "judges.anthropic", "judges.anthropic_batches", "judges.api_judge", "judges.api_errors",
@@ -79,6 +80,7 @@ def test_dependencies_point_one_way(path):
              "serving": 5,
              "classic_flow": 5, "forgetting_flow": 5, "cli": 7, "__main__": 8}  # fmt: skip
     ranks |= {
+        "config_file": 1,
         "plan": 4,
         "plan_config": 4,
         "plan_hardware": 0,
