@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from prefopt.chat import tokenize_answer
 from prefopt.errors import DataError, ModelError
 from prefopt.models import (
+    SAFE,
     Device,
     DType,
     LanguageModel,
@@ -289,7 +290,7 @@ class RewardModel(nn.Module):
                 from transformers import AutoModelForCausalLM
 
                 dtype = next(self.model.parameters()).dtype
-                saved = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+                saved = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **SAFE)
                 self.model.load_state_dict(saved.state_dict())
         except (OSError, RuntimeError, ValueError) as error:
             raise ModelError(f"the weights in {folder} do not fit this model: {error}") from error
@@ -560,4 +561,4 @@ def _own_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
