@@ -332,7 +332,11 @@ def _render(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    # A template is a program: it may add a text to a list, or call itself without end.
+    except (
+        TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+        ValueError,
+    ) as error:  # fmt: skip
         raise DataError(
             f"the chat template refuses prompt {prompt.prompt_id} with the roles "
             f"{', '.join(m.role for m in messages)}: {error}. Change the messages to fit the model "

@@ -242,7 +242,7 @@ def read_job(out: str) -> LabelConfig:
         raise RunError(
             f"there is no labelling job in {out} (no {path}). Start one with `prefopt judge label`."
         ) from error
-    except msgspec.DecodeError as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read as a labelling job: {error}. Restore it, or start the job in "
             "another folder."

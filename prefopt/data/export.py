@@ -252,7 +252,7 @@ def _dataset_info(path: Path) -> dict[str, Any]:
         info = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}. Mend it or move it away.") from error
     if not isinstance(info, dict):
         raise DataError(f"{file} should hold an object, got {type(info).__name__}. Move it away.")

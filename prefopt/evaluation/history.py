@@ -239,7 +239,7 @@ class History:
             return known
         try:
             report = msgspec.json.decode(content, type=EvalReport)
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise DataError(f"{report_file} is no report of an evaluation: {error}.") from error
         del content  # half a gigabyte for a hundred thousand long answers
         verdicts: Iterator[JudgedComparison | None] = (

@@ -390,7 +390,7 @@ class AnthropicJudge(ApiJudge):
         plain = readable_json(content, self.hide_secrets)
         try:
             return msgspec.convert(plain, Message)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:  # half a character as a name
             raise Unanswered(f"The API's answer is no message: {error}.", billed=None) from None
 
     def read_message(

@@ -95,7 +95,8 @@ class Unanswered(Exception):
         congestion: bool = False,
         bill: Usage | None = None,
     ) -> None:
-        super().__init__(message)
+        # A service's JSON may hold halves of surrogate pairs, which no file here takes.
+        super().__init__(message.encode("utf-8", "replace").decode())
         self.failure = failure
         self.passing = passing
         self.billed = billed

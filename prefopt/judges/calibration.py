@@ -164,7 +164,7 @@ def load_calibration(path: str | Path) -> Calibration:
     """Read what `save_calibration` wrote. Raises DataError where that cannot be done."""
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Calibration)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DataError(
             f"cannot read the calibration {path}: {error}. `prefopt judge calibrate` writes one."
         ) from error

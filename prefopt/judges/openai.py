@@ -378,7 +378,7 @@ class OpenAIJudge(ApiJudge):
             raise self._told_trouble(_ErrorBody.read(plain["error"]), headers)
         try:
             completion = msgspec.convert(plain, _Completion)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:  # half a character as a name
             raise Unanswered(
                 f"The API's answer is no chat completion: {error}.", billed=None
             ) from None
@@ -419,6 +419,7 @@ class OpenAIJudge(ApiJudge):
             usage=usage,
             stop_reason=choice.finish_reason,
             request_id=request_id,
+            model=completion.model if isinstance(completion.model, str) else None,
             remaining=remaining,
         )
 
@@ -649,6 +650,7 @@ class _Completion(msgspec.Struct, frozen=True):
 
     choices: list[_Choice]
     id: str | None = None
+    model: Any = None
     usage: Any = None
 
     def __post_init__(self) -> None:

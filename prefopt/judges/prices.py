@@ -103,7 +103,7 @@ def load_prices(path: str | Path) -> dict[str, ModelPrice]:
         raise DataError(
             f"cannot read the file of prices {path}: {error.strerror or error}."
         ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         fields = ", ".join(f.name for f in msgspec.structs.fields(ModelPrice) if f.required)
         raise DataError(
             f"{path} is no file of prices: {error}. Expected a JSON object that gives each model's "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ class AdapterCheck(msgspec.Struct, frozen=True, kw_only=True):
         lines += [f"note: {note}" for note in self.notes]
         if not self.vllm:
             lines.append(
-                f"vllm serve {self.base_model} --enable-lora --max-lora-rank "
-                f"{self.vllm_max_lora_rank} --lora-modules tuned={self.folder}"
+                f"vllm serve {shlex.quote(self.base_model)} --enable-lora --max-lora-rank "
+                f"{self.vllm_max_lora_rank} --lora-modules {shlex.quote('tuned=' + self.folder)}"
             )
         return "\n".join(lines)
 
@@ -140,7 +141,7 @@ def _config(folder: Path) -> dict[str, Any]:
             problems.append(f"{_CONFIG} holds {type(config).__name__}, not settings by name")
     except FileNotFoundError:
         problems.append(f"there is no {_CONFIG}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{_CONFIG} cannot be read: {error}")
     if not (folder / _WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -148,7 +149,7 @@ def _config(folder: Path) -> dict[str, Any]:
             f"there is no {_WEIGHTS}"
             + (", only adapter_model.bin, a pickle that is not opened here" if pickled else "")
         )
-    if isinstance(config, dict) and config:
+    if isinstance(config, dict) and (config or not problems):
         kind = config.get("peft_type")
         if kind != "LORA":
             problems.append(f"peft_type is {kind!r}, and only LORA is known here")
@@ -156,6 +157,8 @@ def _config(folder: Path) -> dict[str, Any]:
             value = config.get(name)
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 problems.append(f"{name} in {_CONFIG} must be a positive number, got {value!r}")
+            elif not math.isfinite(value) or (name == "r" and value != int(value)):
+                problems.append(f"{name} in {_CONFIG} cannot be {value!r}")
     if problems:
         raise DataError(
             f"{folder} is no adapter that can be checked. Give the folder that `prefopt train` or "
@@ -214,7 +217,8 @@ def _reader_problems(
     if config.get("use_dora"):
         both.append(f"it is a DoRA adapter; {merge}")
     if config.get("modules_to_save"):
-        names = ", ".join(map(str, config["modules_to_save"]))
+        saved = config["modules_to_save"]
+        names = ", ".join(map(str, saved)) if isinstance(saved, list) else str(saved)
         both.append(f"whole layers are saved beside the update (modules_to_save: {names}); {merge}")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         both.append(f"biases were trained; {merge} (needs layers that have one)")

@@ -295,7 +295,7 @@ def _read_back(plain: Path, made: Path, type: GGUFType) -> tuple[RoundTrip | Non
             f"not read back: transformers has no reader for GGUF files of {architecture!r}. Compare "
             "its answers in llama.cpp with the model's"
         )
-    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer = AutoTokenizer.from_pretrained(plain, trust_remote_code=False)
     again = AutoTokenizer.from_pretrained(made.parent, gguf_file=made.name)
     ids = _checked_tokens(tokenizer, again)
     logits = []
@@ -303,7 +303,9 @@ def _read_back(plain: Path, made: Path, type: GGUFType) -> tuple[RoundTrip | Non
         {"pretrained_model_name_or_path": plain},
         {"pretrained_model_name_or_path": made.parent, "gguf_file": made.name},
     ):
-        loaded = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **options, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         with torch.no_grad():
             logits.append([loaded(torch.tensor([row])).logits[0] for row in ids])
         del loaded
@@ -424,4 +426,9 @@ def _reader(made: Path) -> Any:
             "reading GGUF files back needs the package gguf: pip install 'prefopt[gguf]', or "
             "--check false for a model."
         ) from error
-    return GGUFReader(made)
+    try:
+        return GGUFReader(made)
+    except (OSError, ValueError, LookupError, OverflowError) as error:
+        raise ModelError(
+            f"{made.name} is no whole GGUF file: {type(error).__name__}: {error}. Nothing was written."
+        ) from error

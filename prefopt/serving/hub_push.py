@@ -347,7 +347,7 @@ def _readable(files: dict[str, bytes | Path]) -> None:
                         problems.append(f"{name} is no GGUF file")
             elif name.endswith(".json"):
                 json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             problems.append(f"{name} cannot be read: {error}")
     index = files.get("model.safetensors.index.json")
     if isinstance(index, Path) and not problems:

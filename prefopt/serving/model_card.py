@@ -124,11 +124,17 @@ def read_provenance(
     manifest = _json(folder / "manifest.json", problems)
     if evaluation is None and report is None and (folder / "report" / "report.json").is_file():
         evaluation = _report(folder / "report", problems)
+    for path, read, names in (
+        (folder / "run.json", config, _SETTINGS),
+        (folder / "manifest.json", manifest, ("versions",)),
+    ):
+        wrong = [name for name in names if not isinstance(read.get(name) or {}, dict)]
+        problems += [f"{path} holds no {name} by name" for name in wrong]
     _stop_at(problems)
     method = next((text for key, text in _METHOD.items() if key in config), "")
-    losses = config.get("dpo", {}).get("loss")
+    losses = (config.get("dpo") or {}).get("loss")
     if losses:
-        method += f" ({', '.join(losses) if isinstance(losses, list) else losses})"
+        method += f" ({', '.join(map(str, losses)) if isinstance(losses, list) else losses})"
     values: dict[str, Any] = {
         "method": method,
         "base_model": str(config.get("model", "")),
@@ -138,7 +144,7 @@ def read_provenance(
             for name in _SETTINGS
             if isinstance(config.get(name), dict)
         },
-        "versions": manifest.get("versions", {}),
+        "versions": manifest.get("versions") or {},
         "report": evaluation,
         **_of_report(evaluation),
         **_counted(folder, evaluation),
@@ -153,7 +159,7 @@ def _report(folder: Path, problems: list[str]) -> EvalReport | None:
         return msgspec.json.decode(path.read_bytes(), type=EvalReport)
     except FileNotFoundError:
         problems.append(f"there is no report.json in {folder}")
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         problems.append(f"{path} cannot be read: {error}")
     return None
 
@@ -166,7 +172,7 @@ def _job(folder: Path, problems: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         problems.append(f"there is no report/label_report.json in {folder}: not a labelling job's")
         return {}
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         problems.append(f"{path} cannot be read: {error}")
         return {}
     return {
@@ -184,7 +190,7 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path} holds no settings by name")
     except FileNotFoundError:
         problems.append(f"there is no {path.name} in {path.parent}: not a run's folder")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path} cannot be read: {error}")
     return {}
 
