@@ -230,13 +230,15 @@ def test_the_replay_scripts_of_the_docs_run_as_written(folder):
 
 def test_the_online_scripts_of_the_docs_run_as_written(folder):
     """The configuration is accepted; the trainer makes one step."""
+    from datasets import Dataset
+
     more = {"num_rollouts=200": 'num_rollouts=1, report_to="none", use_cpu=True, max_new_tokens=8'}
     names = {}
     for block in blocks(DOCS / "online.md", "python"):
         run_block(block, "online.md", names, **fast(str(folder / "tiny"), **more))
     assert names["config"].rounds == 2
     names["OnlineDPOConfig"] = _small_batches(names["OnlineDPOConfig"])
-    names["train"]("tiny", [{"prompt": f"What is {i}?"} for i in range(2)])
+    names["train"]("tiny", Dataset.from_list([{"prompt": f"What is {i}?"} for i in range(2)]))
     assert (folder / "runs" / "online_dpo").is_dir()
 
 
