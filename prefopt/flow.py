@@ -20,6 +20,7 @@ from prefopt.flow_stages import (
     answer_stage,
     checked_inputs,
     comparison_stage,
+    judge_changes,
     opened_run,
     preference_stages,
     spent_usd,
@@ -215,7 +216,7 @@ def run_flow(
                 training=training_curve(points),
                 health=diagnose(points, beta=dpo.beta),
                 labels=count_labels(groups, preferences.left_out, judged),
-                preflight=checked.to_text().splitlines(),
+                preflight=[*judge_changes(ledger), *checked.to_text().splitlines()],
                 cost_usd=spent_usd(ledger),
                 seeds={"run": config.seed},
                 shift=measure_shift(

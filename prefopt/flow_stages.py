@@ -241,6 +241,8 @@ def preference_stages(
     )
     run.records(f"{prefix}left_out", LeftOut, lambda _: preferences.left_out, depends_on=labels)
     logger.info("%s", preferences)
+    for line in judge_changes(run.folder / LEDGER):
+        logger.warning("%s", line)
     return judged, preferences
 
 
@@ -347,6 +349,15 @@ def _ledger(run: Run) -> Path:
 
     with Ledger(run.folder / LEDGER):
         return run.begun(LEDGER)
+
+
+def judge_changes(ledger: Path) -> tuple[str, ...]:
+    """What changed about the judges while they were asked, in words; mostly nothing."""
+    from prefopt.judges.drift import drift_findings
+    from prefopt.judges.ledger import Ledger
+
+    with Ledger(ledger) as book:
+        return drift_findings(book)
 
 
 def spent_usd(ledger: Path) -> float:

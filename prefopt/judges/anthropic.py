@@ -21,7 +21,14 @@ import msgspec
 
 from prefopt.errors import JudgeUnavailable
 from prefopt.judges.api_errors import connection_trouble, readable_json, status_trouble
-from prefopt.judges.api_judge import ApiJudge, Reply, ReplyEnd, Request, Unanswered
+from prefopt.judges.api_judge import (
+    ApiJudge,
+    Reply,
+    ReplyEnd,
+    Request,
+    Unanswered,
+    model_name,
+)
 from prefopt.judges.base import Asked, CostEstimate
 from prefopt.judges.ledger import Ledger
 from prefopt.judges.prices import PRICES, PRICES_AS_OF, ModelPrice
@@ -420,7 +427,7 @@ class AnthropicJudge(ApiJudge):
             usage=self._usage(message.usage, worst_tokens, max_tokens, discount),
             stop_reason=message.stop_reason,
             request_id=request_id,
-            model=message.model if isinstance(message.model, str) else None,
+            model=model_name(message.model),
             remaining=remaining,
         )
 

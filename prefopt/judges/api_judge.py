@@ -702,6 +702,11 @@ def answered(reply: Reply, outcome: str = "answered", **fields: Any) -> Attempt:
     )
 
 
+def model_name(said: Any) -> str | None:
+    """A model's name as a service tells it, without what no file takes; None where it tells none."""
+    return said.encode("utf-8", "replace").decode()[:200] if isinstance(said, str) else None
+
+
 def said_by(reply: Reply) -> dict[str, Any]:
     """What a reply says, as the fields of a `Verdict`."""
     if reply.end == "refused":

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from prefopt.judges.canaries import CanaryResult
+from prefopt.judges.drift import drift_findings
 from prefopt.judges.ledger import Ledger
 from prefopt.judges.rubric import Rubric
 from prefopt.preferences import Preferences
@@ -215,7 +216,8 @@ def label_report(
         warnings=(),
         created_at=created_at or datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    return msgspec.structs.replace(report, warnings=tuple(_warnings(report)))
+    drift = () if ledger is None else drift_findings(ledger)
+    return msgspec.structs.replace(report, warnings=(*drift, *_warnings(report)))
 
 
 def write_label_report(report: LabelReport, folder: str | Path) -> dict[str, Path]:

@@ -23,7 +23,14 @@ import msgspec
 
 from prefopt.errors import JudgeUnavailable
 from prefopt.judges.api_errors import connection_trouble, readable_json, status_trouble
-from prefopt.judges.api_judge import ApiJudge, Reply, ReplyEnd, Request, Unanswered
+from prefopt.judges.api_judge import (
+    ApiJudge,
+    Reply,
+    ReplyEnd,
+    Request,
+    Unanswered,
+    model_name,
+)
 from prefopt.judges.base import CostEstimate
 from prefopt.judges.prices import ModelPrice
 from prefopt.judges.rubric import HOUSE_STYLE, Rubric
@@ -419,7 +426,7 @@ class OpenAIJudge(ApiJudge):
             usage=usage,
             stop_reason=choice.finish_reason,
             request_id=request_id,
-            model=completion.model if isinstance(completion.model, str) else None,
+            model=model_name(completion.model),
             remaining=remaining,
         )
 
