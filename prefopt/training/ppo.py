@@ -21,7 +21,7 @@ import msgspec
 from prefopt.chat import tokenize_prompt
 from prefopt.errors import DataError
 from prefopt.judges import Judge
-from prefopt.launched import refuse_processes
+from prefopt.launched import is_first_process, refuse_processes, rows_of_each, shards
 from prefopt.models import (
     Device,
     DType,
@@ -33,20 +33,28 @@ from prefopt.models import (
     model_fingerprint,
 )
 from prefopt.out_of_memory import without_memory_settings
-from prefopt.training.checkpoints import claim_checkpoints, last_whole_checkpoint, whole_folder
+from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote
 from prefopt.training.ppo_health import PPOPoint, ppo_points
 from prefopt.training.ppo_settings import PPOSettings as PPOSettings
 from prefopt.types import Prompt, content_hash
 
 if TYPE_CHECKING:
+    from prefopt.data.rows import Source
     from prefopt.training.reward_model import RewardModel
+    from prefopt.training.token_rows import TokenRow
 
 logger = logging.getLogger(__name__)
 
+# General rows are cut there, or at the end of the model's context.
+_GENERAL_TOKENS = 1024
+
 
 class PPOResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished training: where the adapter is and what the log says."""
+    """A finished training: where the adapter is and what the log says.
+
+    `n_replay` is how many general rows there were to replay.
+    """
 
     adapter: Path
     reference: str
@@ -56,6 +64,7 @@ class PPOResult(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: float
     points: tuple[PPOPoint, ...]
     health: tuple[HealthNote, ...]
+    n_replay: int = 0
 
 
 def train_ppo(
@@ -65,6 +74,7 @@ def train_ppo(
     out: str | Path,
     *,
     held_out: Sequence[Prompt] = (),
+    replay: Source | None = None,
     settings: PPOSettings | None = None,
     lora: LoRASettings | None = None,
     device: Device = "auto",
@@ -85,6 +95,7 @@ def train_ppo(
             `prefopt.training.answer_rewards.reward_source`.
         out: folder for the adapter, its model card and `training_log.jsonl`.
         held_out: prompts that are answered and scored at times; training does not see them.
+        replay: general data that no name in `settings.replay` can say, such as rows.
         settings: see `PPOSettings`.
         lora: see `LoRASettings`; `continue_from` is usually the adapter that `train_sft` made.
         device: where to train when `model` is a name.
@@ -94,28 +105,30 @@ def train_ppo(
         progress: show a bar with prompts a second, score, KL and time left.
 
     Raises:
-        DataError: no prompts, or none that leaves room for an answer.
+        DataError: no prompts, or none that leaves room for an answer, or general rows with nothing to
+            learn from.
+        ValueError: general data in both places, or processes that cannot share
+            `settings.prompts_per_rollout` evenly.
         TrainingError: a number is no longer finite, or no answer got a score.
         ModelError: model, adapter, reward or device cannot be used.
     """
-    refuse_processes("train_ppo", "use PPOTrainer, which trains in several")
     settings, lora, out = settings or PPOSettings(), lora or LoRASettings(), Path(out)
+    if replay is not None and settings.replay is not None:
+        raise ValueError("general data is given twice, as replay and as settings.replay.")
+    replay = settings.replay if replay is None else replay
     if not prompts:
         raise DataError("there are no prompts to answer.")
     checkpoint_dir = Path(checkpoints) if checkpoints else out.with_name(out.name + ".checkpoints")
-    claim_checkpoints(
-        checkpoint_dir,
-        [
-            "ppo",
-            model_fingerprint(model if isinstance(model, str) else model.base),
-            _reward_identity(reward),
-            [p.prompt_id for p in prompts],
-            [p.prompt_id for p in held_out],
-            without_memory_settings(msgspec.to_builtins(settings)),
-            msgspec.to_builtins(lora),
-            lora.continue_from and adapter_fingerprint(lora.continue_from),
-        ],
-    )
+    identity = [
+        "ppo",
+        model_fingerprint(model if isinstance(model, str) else model.base),
+        _reward_identity(reward),
+        [p.prompt_id for p in prompts],
+        [p.prompt_id for p in held_out],
+        without_memory_settings(msgspec.to_builtins(settings)),
+        msgspec.to_builtins(lora),
+        lora.continue_from and adapter_fingerprint(lora.continue_from),
+    ]
     loaded = model
     if isinstance(loaded, str):
         loaded = load_model(
@@ -124,13 +137,16 @@ def train_ppo(
         )  # fmt: skip
     if isinstance(reward, str | Path):
         reward = _load_reward(reward, loaded)
+    own_answers = out.with_name(out.name + ".own_answers")
+    general = _general_rows(replay, loaded, settings, own_answers, progress)
     trainer, watch = _make_trainer(
-        loaded, reward, prompts, held_out, settings, lora, checkpoint_dir, progress
+        loaded, reward, prompts, held_out, general, settings, lora, checkpoint_dir, progress
     )
-    resume = last_whole_checkpoint(checkpoint_dir)
-    if resume is not None:
-        logger.warning("continuing from %s", resume.name)
+    resume = resume_point(trainer.accelerator, checkpoint_dir, [*identity, general])
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+    from prefopt.training.sharding import n_elements
+
     roles = trainer.roles
     result = PPOResult(
         adapter=out,
@@ -138,14 +154,19 @@ def train_ppo(
         n_prompts=len(trainer.train_dataset),
         n_answers=trainer.n_answers,
         n_parameters_trained=sum(
-            p.numel() for p in (*roles.policy_parameters(), *roles.value_parameters())
+            n_elements(p) for p in (*roles.policy_parameters(), *roles.value_parameters())
         ),
         learning_rate=trainer.args.learning_rate,
         points=ppo_points(trainer.state.log_history),
         health=watch.diagnosis(trainer.args),
+        n_replay=len(general),
     )
-    _save(trainer, loaded, result, settings)
-    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    weights = trainer.whole_weights()
+    if is_first_process():
+        _save(trainer, weights, loaded, result, settings)
+        shutil.rmtree(checkpoint_dir, ignore_errors=True)
+        own_answers.unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
@@ -182,11 +203,37 @@ def _reward_identity(reward: Any) -> str:
     return f"{getattr(reward, '__module__', '')}.{getattr(reward, '__qualname__', type(reward))}"
 
 
+def _general_rows(
+    source: Source | None,
+    loaded: LanguageModel,
+    settings: PPOSettings,
+    partial: Path,
+    progress: bool,
+) -> list[TokenRow]:
+    """The general rows of the whole training, or none."""
+    from prefopt.training.replay import general_source, replay_rows, rows_per_step
+
+    if source is None or settings.replay_weight == 0:
+        return []
+    if source == "own_answers":
+        refuse_processes("sampling own_answers", "give the general data as a file")
+    n_answers = settings.prompts_per_rollout * settings.answers_per_prompt
+    per_step = rows_per_step(settings.replay_share, n_answers // settings.mini_batches)
+    most = settings.rollouts * settings.epochs * settings.mini_batches * per_step
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    length, seed = min(_GENERAL_TOKENS, context or _GENERAL_TOKENS), settings.seed
+    found = general_source(
+        source, loaded, most=most, max_length=length, seed=seed, partial=partial, progress=progress
+    )
+    return replay_rows(found, loaded.tokenizer, max_length=length, most=most, seed=seed)
+
+
 def _make_trainer(
     loaded: LanguageModel,
     reward: Any,
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
+    general: list[TokenRow],
     settings: PPOSettings,
     lora: LoRASettings,
     checkpoint_dir: Path,
@@ -199,11 +246,11 @@ def _make_trainer(
 
     per_rollout = settings.epochs * settings.mini_batches
     tenth = max(1, settings.rollouts // 10)
-    on_cpu = loaded.device.type == "cpu"
+    on_cpu = loaded.device.type == "cpu" and not shards()
     args = PPOConfig(
         output_dir=str(checkpoint_dir),
         num_rollouts=settings.rollouts,
-        per_device_train_batch_size=settings.prompts_per_rollout,
+        per_device_train_batch_size=rows_of_each(settings.prompts_per_rollout),
         num_generations=settings.answers_per_prompt,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -216,6 +263,9 @@ def _make_trainer(
         num_mini_batches=settings.mini_batches,
         missing_eos_penalty=settings.missing_eos_penalty,
         cliprange_value=settings.cliprange_value,
+        rollout_engine=settings.rollout_engine,
+        replay_share=settings.replay_share,
+        replay_weight=settings.replay_weight,
         micro_batch_tokens=settings.micro_batch_tokens,
         gradient_checkpointing=settings.gradient_checkpointing,
         lr_scheduler_type="linear",
@@ -243,6 +293,7 @@ def _make_trainer(
         processing_class=loaded.tokenizer,
         peft_config=None if is_wrapped(loaded.model) else lora_config(lora),
         callbacks=[watch],
+        replay_dataset=general or None,
     )
     ProgressBar(description="training (PPO)", unit="prompt", show=progress).attach(trainer)
     logger.info("the PPO reference is %s; %d prompts", trainer.roles.reference, len(prompts))
@@ -265,12 +316,14 @@ def _rows(prompts: Sequence[Prompt], tokenizer: Any) -> Any:
     )
 
 
-def _save(trainer: Any, loaded: LanguageModel, result: PPOResult, settings: PPOSettings) -> None:
+def _save(
+    trainer: Any, weights: Any, loaded: LanguageModel, result: PPOResult, settings: PPOSettings
+) -> None:
     from prefopt.data.records import write_bytes, write_records
     from prefopt.training.ppo_trainer import ROLLOUTS_FILE
 
     with whole_folder(result.adapter) as folder:
-        trainer.roles.save(folder)
+        trainer.roles.save(folder, weights)
         loaded.tokenizer.save_pretrained(folder)
         write_records(folder / "training_log.jsonl", result.points)
         write_bytes(folder / "README.md", _model_card(loaded.base, result, settings).encode())
@@ -284,6 +337,12 @@ def _model_card(base: str, result: PPOResult, settings: PPOSettings) -> str:
     notes = "\n".join(f"- {note.level}: {note.message}" for note in result.health)
     hub = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
     beta = f"{settings.kl_coef:g}"
+    replayed = "none"
+    if result.n_replay:
+        replayed = (
+            f"{result.n_replay} rows, {settings.replay_share:.0%} of a step, weight "
+            f"{settings.replay_weight:g}"
+        )
     if settings.kl_target is not None:
         beta += f", adapted to a KL of {settings.kl_target:g} nats"
     return f"""---
@@ -301,9 +360,12 @@ itself to {result.n_prompts} prompts.
 | reference | {result.reference} |
 | beta | {beta} |
 | advantages | {settings.advantage} |
-| rollout batch | {settings.prompts_per_rollout} prompts x {settings.answers_per_prompt} answers,
-{settings.epochs} epochs | | parameters trained | {result.n_parameters_trained:,}, value included |
-| learning rate | {result.learning_rate:g}, linear | | seed | {settings.seed} |
+| rollout batch | {settings.prompts_per_rollout} prompts x {settings.answers_per_prompt} answers, \
+{settings.epochs} epochs |
+| general rows | {replayed} |
+| parameters trained | {result.n_parameters_trained:,}, value included |
+| learning rate | {result.learning_rate:g}, linear |
+| seed | {settings.seed} |
 
 The score went from {first.score:.3f} to {last.score:.3f} at a KL of {last.kl:.2f} nats an answer.
 

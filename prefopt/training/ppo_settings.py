@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,15 @@ class PPOSettings:
         mini_batches: optimiser steps of each pass.
         missing_eos_penalty: taken off the score of an answer that was cut off; None takes off nothing.
         cliprange_value: how far a value may move on a rollout batch, in units of the score.
+        rollout_engine: what samples: `transformers`, the model itself, or `vllm`, in one process on a
+            GPU.
+        replay: general data against forgetting: a file or Hub id of texts, answers to prompts or
+            conversations, "smoltalk" or "ultrachat", or "own_answers": what the model itself answers
+            to built-in prompts before it is trained. None replays nothing.
+        replay_share: the share of general rows among all rows of an optimiser step, in (0, 1), where
+            there is such data.
+        replay_weight: of their mean negative log-likelihood a token beside the policy's loss; 0 is no
+            replay.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
             16,384 on a GPU. It decides about memory and never about the result.
         gradient_checkpointing: recompute activations in the backward pass; less memory, slower.
@@ -50,6 +60,10 @@ class PPOSettings:
     mini_batches: int = 1
     missing_eos_penalty: float | None = 1.0
     cliprange_value: float | None = 0.2
+    rollout_engine: Literal["transformers", "vllm"] = "transformers"
+    replay: str | None = None
+    replay_share: float = 0.1
+    replay_weight: float = 1.0
     micro_batch_tokens: int | None = None
     gradient_checkpointing: bool = False
     evaluate_every: int | None = None
@@ -66,6 +80,12 @@ class PPOSettings:
             )
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]  # fmt: skip
+        if not 0.0 < self.replay_share < 1.0:
+            problems.append(f"replay_share must be in (0, 1), got {self.replay_share}")
+        if not 0.0 <= self.replay_weight < math.inf:
+            problems.append(
+                f"replay_weight must be finite and not negative, got {self.replay_weight}"
+            )
         if self.advantage != "gae" and self.answers_per_prompt < 2:
             problems.append(f"{self.advantage} needs answers_per_prompt of at least 2")
         if problems:

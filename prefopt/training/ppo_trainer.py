@@ -1195,6 +1195,8 @@ class PPOTrainer(WholeCheckpoints):
     # --- Checkpoints -----------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.roles.save(folder, state_dict if self.sharding.gradients else None)

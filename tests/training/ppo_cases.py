@@ -14,9 +14,12 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt import PPOConfig, PPOTrainer, RewardModel
+from prefopt.models import LoRASettings
+from prefopt.training.ppo import PPOSettings, train_ppo
 from prefopt.training.rlhf_model import TrainedRoles
 from prefopt.training.sharding import holds_parts, whole_weights
 from prefopt.training.token_rows import TokenRow
+from prefopt.types import Prompt
 from tests.training.processes import fork_cases
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -145,6 +148,9 @@ def train_case(folder, settings):
     `tune` is what trains, `resume` names the checkpoint to go on from, `sharded` says whether weights
     must be.
     """
+    if "model" in settings:
+        run_flow(folder, settings["model"])
+        return
     tune, resume = settings.pop("tune", "full"), settings.pop("resume", None)
     sharded = settings.pop("sharded", False)
     peft_config = LORA if tune == "lora" else None
@@ -170,6 +176,22 @@ def train_case(folder, settings):
         torch.save(found, folder / "weights.pt")
         (folder / "logged.json").write_text(json.dumps(logged(trainer)))
         (folder / "sampled.json").write_text(json.dumps([sampled, evaluated["eval_scores"]]))
+
+
+def run_flow(folder, model):
+    """What `prefopt train ppo` calls, with prompts that the processes share."""
+    settings = PPOSettings(
+        rollouts=2, prompts_per_rollout=4, answers_per_prompt=2, max_new_tokens=6, epochs=2,
+        learning_rate=5e-3, checkpoint_every=1,
+    )  # fmt: skip
+    prompts = [Prompt.from_text(f"What is thing {i}?") for i in range(5)]
+    result = train_ppo(
+        prompts, model, lambda prompts, answers: [len(set(a)) / 10 for a in answers],
+        folder / "adapter", replay=GENERAL, settings=settings, lora=LoRASettings(r=4, alpha=8),
+        held_out=prompts[:1],
+    )  # fmt: skip
+    said = [[point.score, point.kl] for point in result.points]
+    (folder / f"points{os.environ.get('RANK', '')}.json").write_text(json.dumps(said))
 
 
 class ByPrompt:

@@ -106,3 +106,21 @@ def test_every_arrangement_is_one_process(tune, recipe, tmp_path):
     for name in ("two", "two from one", "one from two"):
         assert_same(tmp_path, name)
     assert_saved_once(tmp_path, tune)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_the_training_function_in_two_processes(recipe, tiny_model, tmp_path):
+    """The same files as in one, told and drawn once; both know the result."""
+    one = {"model": str(tiny_model), "processes": 1}
+    two = {"model": str(tiny_model), "recipe": recipe}
+    run_cases(MODULE, tmp_path, {"one": one, "two": two})
+    for place in ("adapter", "adapter/value"):
+        one, two = ({f.name for f in (tmp_path / n / place).iterdir()} for n in ("one", "two"))
+        assert one == two
+    assert not (tmp_path / "two" / "adapter.checkpoints").exists()
+    points = [(tmp_path / "two" / f"points{rank}.json").read_text() for rank in (0, 1)]
+    assert points[0] == points[1]
+    assert len(json.loads(points[0])) == 2
+    assert "training (PPO)" in (tmp_path / "two" / "said0.txt").read_text()
+    assert "training (PPO)" not in (tmp_path / "two" / "said1.txt").read_text()
