@@ -303,7 +303,7 @@ def shown_commands(page):
     """`prefopt ...` in fenced and in indented blocks, each in one line, without what a shell adds."""
     text = "\n".join([*blocks(page, "bash"), *blocks(page, "sh")])
     text += "\n" + "\n".join(
-        re.findall(r"^    (prefopt .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        re.findall(r"^(?:    |- run: )(prefopt .*)$", page.read_text("utf-8"), re.MULTILINE)
     )
     for line in text.replace("\\\n", " ").splitlines():
         for part in re.split(r"&&|\|(?!\|)", line):
@@ -385,6 +385,19 @@ def test_files_and_commands_of_the_repository_that_are_named_exist():
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_options_of_benchmarks_that_are_named_exist():
+    """`python benchmarks/x.py --only hh_helpful`, in the text or in a block."""
+    found = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for script, rest in re.findall(r"python (benchmarks/\w+\.py)([^`#\n]*)", text):
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for option in re.findall(r"--[a-z_]+", rest):
+                found += 1
+                assert f'"{option}"' in source, f"{page.name}: {script} {option}"
+    assert found > 5
+
+
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.rglob("*.md"):
@@ -449,6 +462,6 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"url\(\s*[\"']?https?:", style.read_text(encoding="utf-8")), style
     dpo = (tmp_path / "explain-dpo" / "index.html").read_text(encoding="utf-8")
-    assert dpo.count("<math") > 20
+    assert dpo.count("<math ") >= 20
     for name in json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"][:1]:
         assert "location" in name
