@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint slow docs clean
+.PHONY: quickstart test lint slow docs compat clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test         make the environment, then lint, type check and the default tests"
 	@echo "make slow         the tests that train and sample real models for minutes"
 	@echo "make docs         build the documentation site into site/"
+	@echo "make compat       the tests on the built wheel with other versions: PYTHON=... CONSTRAINTS=..."
 	@echo "make clean        remove the environment and what was built"
 
 # torch first and pinned: where a CPU build of that version is at hand it is taken, and nothing
@@ -50,5 +51,10 @@ docs: $(READY)
 	$(PIP) -c constraints/tested.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
+# make compat PYTHON=python3.13 CONSTRAINTS=constraints/highest.txt ARGS='tests/families'
+CONSTRAINTS ?= constraints/lowest.txt
+compat:
+	OMP_NUM_THREADS=1 .ci/compat $(PYTHON) $(CONSTRAINTS) $(ARGS)
+
 clean:
-	rm -rf $(VENV) .env-started site dist
+	rm -rf $(VENV) .env-started site dist .compat
