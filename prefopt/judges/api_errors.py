@@ -101,7 +101,8 @@ def readable_json(content: bytes, hide: Callable[[str], str]) -> Any:
         # Not msgspec's own reader: half a character in an escape is no reason to pay twice.
         return json.loads(content)
     except (ValueError, RecursionError):
-        page = hide(content[:120].decode("utf-8", "replace"))
+        # Hidden before it is cut, as half a key would not be found.
+        page = hide(content[:4000].decode("utf-8", "replace"))[:120]
         raise Unanswered(
             f"The API's answer was not readable JSON: {page!r}.", billed=None
         ) from None
