@@ -1,8 +1,8 @@
 """A hook of MkDocs: equations become MathML while the site is built.
 
 Browsers show MathML by themselves, so the site needs no script and no network for its equations.
-`pymdownx.arithmatex` marks what stands between dollars; `latex2mathml` translates it. Three things
-that TeX knows of spacing are added to what it gives.
+`pymdownx.arithmatex` marks what stands between dollars; `latex2mathml` translates it. What TeX
+knows of spacing is added to what it gives.
 """
 
 import html
@@ -37,6 +37,7 @@ def _translated(found: re.Match[str]) -> str:
         ),
         math,
     )
+    math = math.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")  # \\sim, is distributed as
     math = _SIGN.sub(r'\1<mo form="prefix">&#x02212;</mo>', math)
     if block is not None:
         math = re.sub(r"<msub>(<mo>max</mo>.*?)</msub>", r"<munder>\1</munder>", math)
