@@ -1,4 +1,4 @@
-"""A step that does not fit the memory: the setting that is named fits, and training goes on with it."""
+"""A step that does not fit the memory: the setting named does fit, and training goes on with it."""
 
 import re
 import subprocess
