@@ -412,6 +412,7 @@ def evaluate(
     capabilities: str = "none",
     max_drop: float = 0.0,
     beta: float | None = None,
+    checkpoints: str | list[str] | None = None,
     gate: bool = False,
     min_win_rate: float | None = None,
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
@@ -427,6 +428,7 @@ def evaluate(
       ... --to_label 50                        also writes 50 pairs for people to label
       ... --human_labels report/to_label.jsonl corrects the judge by their labels
       ... --capabilities offline --gate        exit code 3 if a skill is lost or the model is worse
+      ... --checkpoints checkpoints            how far each checkpoint moved, and what it gained
     Any number of models, ranked:
       prefopt evaluate --answers.base b.jsonl --answers.sft s.jsonl --answers.dpo d.jsonl --out report
 
@@ -454,7 +456,11 @@ def evaluate(
         capabilities: what else the model must still do: "offline" for the built-in tasks, or names of
             tasks, separated by commas; "none" measures nothing. Needs the model.
         max_drop: the drop of a task's score, a fraction, that the gate lets pass.
-        beta: of DPO or PPO, to give implicit rewards beside log-ratios.
+        beta: of DPO or PPO, to give implicit rewards beside log-ratios; by default the one that
+            prefopt's training left with the adapter, in its card or its run.
+        checkpoints: further adapters for the picture of win rate against KL, several as
+            "[one, two]": folders of adapters, or one that holds them (checkpoint-10, ...). Each
+            answers the prompts and is judged as the adapter is.
         gate: exit with code 3 where the tuned model is shown to be worse, a task is shown to have
             dropped by more than --max_drop or could not be measured, or --min_win_rate is not
             reached.
@@ -479,8 +485,13 @@ def evaluate(
         )
     if answers is None and baseline is not None:
         problems.append("--baseline names one of --answers")
-    if capabilities != "none" and (answers is not None or two_files):
-        problems.append("--capabilities needs the model itself: give --model and --adapter")
+    for flag, given in (
+        ("--capabilities", capabilities != "none"),
+        ("--checkpoints", checkpoints is not None),
+        ("--beta", beta is not None),
+    ):
+        if given and (answers is not None or two_files):
+            problems.append(f"{flag} needs the model itself: give --model and --adapter")
     if problems:
         raise ValueError("; ".join(problems) + ".")
     options: dict[str, Any] = {
@@ -506,6 +517,7 @@ def evaluate(
             seed=seed,
             device=device,
             beta=beta,
+            checkpoints=checkpoints or (),
             capabilities=capabilities,
             max_drop=max_drop,
             **options,
@@ -598,10 +610,12 @@ def history_add(folders: str | list[str], history: str, series: str = "") -> Non
         series: what they belong to; evaluations of one series are compared with each other.
     """
     from prefopt.evaluation.dashboard import evaluation_line
-    from prefopt.evaluation.history import History
+    from prefopt.evaluation.history import History, check_evaluations
 
+    wanted = [folders] if isinstance(folders, str) else folders
+    check_evaluations(wanted)
     with History(history) as kept:
-        for folder in [folders] if isinstance(folders, str) else folders:
+        for folder in wanted:
             print(evaluation_line(kept.add(folder, series=series)))
 
 

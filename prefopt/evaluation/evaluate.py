@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,7 @@ def evaluate_model(
     human_labels: str | Path | None = None,
     to_label: int = 0,
     beta: float | None = None,
+    checkpoints: str | Path | Sequence[str | Path] = (),
     capabilities: str | Sequence[str] = "none",
     max_drop: float = 0.0,
 ) -> EvalReport:
@@ -155,27 +157,41 @@ def evaluate_model(
         human_labels: people's labels of some of these pairs; see `check_against_people`.
         to_label: write this many pairs to `to_label.jsonl` for people to label; a file that is there
             already is left alone.
-        beta: of DPO or PPO, for implicit rewards.
+        beta: of DPO or PPO, for implicit rewards; None takes it from the adapter's record, see
+            `prefopt.evaluation.trained_beta`.
+        checkpoints: further adapters of the same base model for the picture of win rate against KL:
+            folders of adapters, or folders that hold them; see `find_checkpoints`.
         capabilities: "none", "offline" (the built-in tasks) or names of tasks, to see what was
             forgotten; see `prefopt.evaluation.capabilities`.
         max_drop: the worsening of a task that its gate lets pass.
 
     Raises:
-        ValueError: no adapter given.
+        ValueError: no adapter given, or a beta that is not positive.
         DataError, ModelError, JudgeError: as the steps raise them.
     """
     from prefopt.data.prompts import load_prompts
     from prefopt.data.records import write_records
     from prefopt.evaluation.capabilities import check_tasks, measure_capabilities
+    from prefopt.evaluation.frontier import find_checkpoints, measure_frontier
     from prefopt.evaluation.policy_shift import measure_shift
+    from prefopt.evaluation.trained_beta import trained_beta
 
     if adapter is None:
         raise ValueError(
             "evaluating a model needs the tuned adapter: pass --adapter FOLDER, or compare answer "
             "files with --tuned_answers and --base_answers, or with --answers."
         )
+    if beta is not None and not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive, as in training, got {beta}.")
     asked = _asked(judge, rubric, max_usd, prices)
     _check_labels(human_labels, to_label)
+    further = find_checkpoints(checkpoints) if checkpoints else []
+    if beta is None:
+        beta, reason = trained_beta(adapter)
+        if beta is None:
+            logger.info("no implicit rewards: %s; --beta gives it.", reason)
+        else:
+            logger.info("beta %g, from %s.", beta, reason)
     if capabilities != "none":
         check_tasks(capabilities, asked)
     questions = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
@@ -214,6 +230,18 @@ def evaluate_model(
         tuned, answers["tuned"], answers["base"], beta=beta,
         sampling=sampling or SamplingSettings(), progress=progress,
     )  # fmt: skip
+    del tuned, base  # checkpoints are loaded one at a time, in its place
+    if further:
+        scored = {j.comparison.b.prompt.prompt_id for j in judged}  # fewer where judging stopped
+        frontier = measure_frontier(
+            further, model, [a for a in answers["base"] if a.prompt.prompt_id in scored], out, asked,
+            sampling=sampling, seed=seed, device=device, progress=progress,
+        )  # fmt: skip
+        figures["frontier"] = frontier.points
+        figures["details"] = frontier.lines
+        figures["cost_usd"] = frontier.cost_usd + sum(
+            v.usage.cost_usd for j in judged for v in j.verdicts
+        )
     return _report(judged, out, asked, **figures)
 
 
@@ -359,9 +387,22 @@ def _asked(
 
 
 def _read(given: str | Path | Sequence[Candidate]) -> list[Candidate]:
+    if not isinstance(given, str | Path):
+        return list(given)
     from prefopt.data.records import read_records
 
-    return read_records(given, Candidate) if isinstance(given, str | Path) else list(given)
+    try:
+        answers = read_records(given, Candidate)
+    except DataError as error:
+        if not error.problems:
+            raise
+        raise DataError(
+            f"{given} does not hold answers, one a line, as `prefopt sample --k 1` writes them.",
+            error.problems,
+        ) from error
+    if not answers:
+        raise DataError(f"{given} holds no answers.")
+    return answers
 
 
 def _check_labels(human_labels: str | Path | None, to_label: int) -> None:

@@ -520,6 +520,29 @@ class History:
             raise DataError(f"cannot write the history {self.path}: {error}.") from error
 
 
+def check_evaluations(folders: Sequence[str | Path]) -> None:
+    """Raise what `History.add` would raise for folders that hold no evaluation, for all at once.
+
+    Raises:
+        DataError: some hold none.
+    """
+    problems = []
+    for folder in folders:
+        try:
+            _files(Path(folder))
+        except DataError:
+            what = "holds no report" if Path(folder).is_dir() else "is not there"
+            problems.append(f"{folder} {what}")
+    if problems:
+        raise DataError(_NO_EVALUATION, problems)
+
+
+_NO_EVALUATION = (
+    "an evaluation is a folder with report.json, as `prefopt evaluate` writes it, or "
+    "report/report.json, as `prefopt run` does."
+)
+
+
 def _files(folder: Path) -> tuple[Path, Path | None]:
     """Where a folder has its report and, if it is there, its judged pairs."""
     for report, judged in (
@@ -528,10 +551,7 @@ def _files(folder: Path) -> tuple[Path, Path | None]:
     ):
         if report.is_file():
             return report, judged if judged.is_file() else None
-    raise DataError(
-        f"{folder} holds no evaluation: neither report.json, as `prefopt evaluate` writes it, nor "
-        "report/report.json, as `prefopt run` does."
-    )
+    raise DataError(f"{folder} holds no evaluation: {_NO_EVALUATION}")
 
 
 def _rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from prefopt.cli import main
 from prefopt.data.records import read_records, write_records
 from prefopt.errors import DataError
 from prefopt.evaluation.evaluate import compare_models, evaluate_answers, evaluate_model
+from prefopt.evaluation.frontier import find_checkpoints
 from prefopt.evaluation.history import History
 from prefopt.judges.scripted import shortest_wins
 from prefopt.sampling.candidates import SamplingSettings
@@ -179,6 +181,9 @@ def test_the_command_ranks_takes_labels_and_keeps_the_gate(tmp_path, capsys) -> 
         (["--answers.a", "x", "--adapter", "y"], "--answers stands alone"),
         (["--baseline", "x"], "--baseline names one of --answers"),
         (["--answers.a", "x", "--answers.b", "y", "--capabilities", "offline"], "needs the model"),
+        (["--answers.a", "x", "--answers.b", "y", "--checkpoints", "z"], "--checkpoints needs the"),
+        (["--adapter", "y", "--checkpoints", "[here, there]"], "there is not there"),
+        (["--adapter", "y", "--beta", "-1"], "beta must be positive"),
         (["--answers.a", "nowhere.jsonl", "--answers.b", "y"], "nowhere.jsonl"),
         ([], "needs the tuned adapter"),
     ],
@@ -186,6 +191,19 @@ def test_the_command_ranks_takes_labels_and_keeps_the_gate(tmp_path, capsys) -> 
 def test_options_that_do_not_fit_are_refused_before_work(options, words, tmp_path, capsys) -> None:
     assert main(["evaluate", "--out", str(tmp_path / "r"), *options]) == 1
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_answer_files_that_cannot_be_used_are_named(tmp_path) -> None:
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    write_records(good, sides(2)[0])
+    bad.write_bytes(b"")
+    with pytest.raises(DataError, match=r"bad\.jsonl holds no answers"):
+        evaluate_answers(bad, good, tmp_path / "r", judge=shortest_wins())
+    bad.write_bytes(good.read_bytes()[:-30] + b"\n{}\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl .* `prefopt sample") as refused:
+        evaluate_answers(good, bad, tmp_path / "r", judge=shortest_wins())
+    assert len(refused.value.problems) == 2
     assert not (tmp_path / "r").exists()
 
 
@@ -282,3 +300,53 @@ def test_capabilities_are_measured_on_request_and_a_misspelt_task_at_once(tiny, 
     assert report.capabilities.max_drop == 10.0
     assert report.capabilities.passed
     assert "could do before" in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_checkpoints_are_found_named_and_ordered(tmp_path) -> None:
+    for name in ("run/checkpoint-9", "run/checkpoint-10", "other/checkpoint-9"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").touch()
+    run, other = tmp_path / "run", tmp_path / "other" / "checkpoint-9"
+    assert [c.name for c in find_checkpoints(run)] == ["checkpoint-9", "checkpoint-10"]
+    assert [c.name for c in find_checkpoints([run, other])] == [
+        "run/checkpoint-9", "run/checkpoint-10", "other/checkpoint-9",
+    ]  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError) as refused:
+        find_checkpoints([run, str(other.parent), other, tmp_path / "empty", tmp_path / "gone"])
+    for words in ("checkpoint-9 is given 2 times", "empty holds no adapter", "gone is not there"):
+        assert words in str(refused.value)
+    with pytest.raises(DataError, match="none was given"):
+        find_checkpoints([])
+
+
+def test_checkpoints_are_in_the_picture_of_win_rate_against_kl(tiny, tmp_path, caplog) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, adapter, prompts = tiny
+    start = tmp_path / "checkpoints" / "checkpoint-0"
+    shutil.copytree(adapter, start)
+    weights = load_file(start / "adapter_model.safetensors")
+    save_file({k: 0 * v for k, v in weights.items()}, start / "adapter_model.safetensors")
+    trained = tmp_path / "trained"
+    shutil.copytree(adapter, trained)
+    (trained / "README.md").write_text(
+        "Trained with [prefopt]\n| reference | the base model |\n| loss | ipo, beta 0.25 |\n"
+    )
+    with caplog.at_level("INFO"):
+        report = evaluate_model(
+            prompts, model, trained, tmp_path / "r",
+            **options(checkpoints=[start.parent, adapter]),
+        )  # fmt: skip
+    assert "beta 0.25, from" in caplog.text
+    assert report.shift is not None
+    assert report.shift.beta == 0.25
+    first, last = report.frontier
+    assert (first.name, last.name) == ("checkpoint-0", "adapter")
+    # It has not moved, and answers as the base model does.
+    assert (first.kl.value, first.win_rate, first.kl.n_prompts) == (0.0, 0.5, 6)
+    # It is the tuned model under another name.
+    assert last.kl.value == pytest.approx(report.shift.kl.value, rel=1e-4)  # other batches
+    assert last.win_rate == report.win_rate.win_rate
+    assert "KL 0.00 nats an answer, preferred on 50 %" in report.details["checkpoint-0"]
+    assert "checkpoint-0: KL 0.0" in (tmp_path / "r" / "report.html").read_text()

@@ -465,6 +465,11 @@ def test_the_commands(folder, tmp_path, capsys):
     assert main(["history", "list", "--history", file]) == 1
     assert "there is no history" in capsys.readouterr().err
     add = ["history", "add", "--history", file, "--series", "bot", "--folders"]
+    assert main([*add, f"[{folder}, {tmp_path / 'gone'}, {tmp_path}]"]) == 1
+    said = capsys.readouterr().err
+    assert "gone is not there" in said
+    assert f"{tmp_path} holds no report" in said
+    assert not (tmp_path / "cli.sqlite").exists()
     assert main([*add, str(folder)]) == 0
     second = evaluation(tmp_path / "second", [judged(i, -1) for i in (1, 2, 3)])
     assert main([*add, f"[{folder}, {second}]"]) == 0
