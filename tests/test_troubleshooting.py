@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from prefopt import DPOTrainer
 from prefopt.chat import tokenize_prompt
 from prefopt.data.preflight import preflight
 from prefopt.errors import BudgetExceeded, ModelError, TrainingError
@@ -43,6 +44,24 @@ def reference_differs(folder):
     started = LoraConfig(**{**LORA.to_dict(), "init_lora_weights": False})
     with pytest.raises(TrainingError) as error:
         trained(folder, pair_rows(4), peft_config=started)
+    return str(error.value)
+
+
+class ShortOfMemory(DPOTrainer):
+    """Whose micro-batches of more than 30 tokens fail as they do in torch."""
+
+    def _micro_batch_loss(self, model, micro_batch, step, mode):
+        if sum(tree.n_tokens for tree in micro_batch.trees) > 30:
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+            )
+        return super()._micro_batch_loss(model, micro_batch, step, mode)
+
+
+def out_of_memory(folder):
+    trainer = make_trainer(folder, pair_rows(8), kind=ShortOfMemory, micro_batch_tokens=64)
+    with pytest.raises(TrainingError) as error:
+        trainer.train()
     return str(error.value)
 
 
