@@ -5,11 +5,17 @@ Every figure is counted from the groups given. Writes no file and asks no model.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgspec
 
 from prefopt.types import LeftOut, PreferenceGroup
+
+T = TypeVar("T")
 
 COLUMNS = {
     "prompt": "the conversation, as `role`/`content` messages",
@@ -83,11 +89,14 @@ def dataset_card(
                 ["pairs (rows)", len(pairs)],
                 ["prompts", len({group.prompt.prompt_id for group in groups})],
                 *[[f"groups with {k} answers", sizes[k]] for k in sorted(sizes)],
-                *[[f"answers by `{name}`", n] for name, n in models.most_common()],
-                *[[f"groups of category {name}", n] for name, n in sorted(categories.items())],
+                *[[f"answers by {inert(name)}", n] for name, n in models.most_common()],
+                *[
+                    [f"groups of category {inert(name)}", n]
+                    for name, n in sorted(categories.items())
+                ],
             ],
         ),
-        f"Source of the prompts: {source or 'not stated'}.",
+        f"Source of the prompts: {inert(source or 'not stated')}.",
         "## Lengths, in words",
         _table(
             ["", "mean", "median", "shortest", "longest"],
@@ -96,7 +105,7 @@ def dataset_card(
         f"The longer answer is the chosen one in {share(longer)} of the pairs, the shorter one in "
         f"{share(shorter)}.",
         "## Where the labels come from",
-        f"Judge: {judge or 'not stated'}. "
+        f"Judge: {inert(judge or 'not stated')}. "
         + ("Cost: not stated." if cost_usd is None else f"Cost: ${cost_usd:.2f}."),
         _table(
             ["`p_source`", "pairs", "mean `p_chosen`"],
@@ -115,6 +124,25 @@ def dataset_card(
         "\n".join(f"- {c}" for c in _caveats(groups, max(longer, shorter), sources)),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def inert(value: T) -> T:
+    """Text in which Markdown opens no HTML, link, picture or code; of whatever holds text, all of it.
+
+    Names, categories and notes come from models and from other people's files, and pages with such a
+    card are shown beside others of the same site.
+    """
+    found: Any = value
+    if isinstance(value, str):
+        found = re.sub(r"([\\`\[\]])", r"\\\1", value).replace("<", "&lt;")
+    elif isinstance(value, dict):
+        found = {inert(name): inert(item) for name, item in value.items()}
+    elif isinstance(value, list | tuple):
+        found = type(value)(inert(item) for item in value)
+    elif isinstance(value, msgspec.Struct):
+        fields = {name: inert(getattr(value, name)) for name in value.__struct_fields__}
+        found = msgspec.structs.replace(value, **fields)
+    return found  # type: ignore[no-any-return]
 
 
 def _front_matter(n_pairs: int) -> str:
@@ -177,6 +205,10 @@ def _mean(values: Sequence[float]) -> str:
 
 def _table(head: list[str], rows: Sequence[Sequence[object]]) -> str:
     def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+        return (
+            "| "
+            + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+            + " |"
+        )
 
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])

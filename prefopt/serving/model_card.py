@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from prefopt.data.dataset_card import inert
 from prefopt.data.records import iter_records, read_records
 from prefopt.errors import DataError
 from prefopt.evaluation.advice import interval, percent, signed_percent
@@ -275,11 +277,14 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
+    rubric_hash = provenance.rubric.rubric_hash if provenance.rubric else ""
     base = base_model or shown(provenance.base_model) or "a base model that is not named"
+    trained, answered_by = provenance.base_model, provenance.answered_by
+    settings = provenance.settings
 
     def said(name: str) -> str:
         """A model's name, of the base model the one that others know."""
-        return base if name == provenance.base_model else shown(name)
+        return base if name == trained else shown(name)
 
     results = _results(provenance.report, said)
     data = ModelCardData(
@@ -301,19 +306,26 @@ def model_card(
             *_method_tags(provenance.method),
         ],
     )
+    # From here on it is Markdown, and its words are other people's.
+    answers = ", ".join(f"{n:,} by {inert(said(name))}" for name, n in answered_by.items())
+    tuned_from = "" if provenance.report is None else provenance.report.base_model
+    if provenance.report is not None:
+        report = msgspec.structs.replace(provenance.report, answers=())
+        provenance = msgspec.structs.replace(provenance, report=report)
+    provenance = inert(provenance)
     method = provenance.method or "preferences"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.rpartition('/')[2]}",
-        f"{_article(kind)} {base}, tuned with {method} by "
+        f"{_article(kind)} {inert(base)}, tuned with {method} by "
         "[prefopt](https://pypi.org/project/prefopt/).",
         "## Use",
         _use(kind, repo_id, base, adapter),
         "## Is it better?",
-        _better(provenance.report, said),
+        _better(provenance.report, inert(said(tuned_from))),
         *_forgotten(provenance.report),
         "## Where the data come from",
-        _data(provenance, dataset, said),
+        _data(provenance, dataset, answers, rubric_hash),
         "## What the judge is worth",
         _judge_quality(provenance),
         "## What it cost",
@@ -321,9 +333,9 @@ def model_card(
         if provenance.spent_usd is None
         else f"Judging cost ${provenance.spent_usd:.2f}, training data and evaluation together.",
         "## How it was trained",
-        _training(provenance),
+        _training(settings, provenance.versions),
         "## Licence and limits",
-        _limits(license, base, provenance),
+        _limits(inert(license), inert(base), provenance),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -414,8 +426,9 @@ def _use(kind: Kind, repo_id: str, base: str, adapter: AdapterCheck | None) -> s
     )
     if adapter is None or adapter.vllm:
         return _fence("python", python)
+    rank = adapter.vllm_max_lora_rank
     vllm = (
-        f"vllm serve {base} --enable-lora --max-lora-rank {adapter.vllm_max_lora_rank} \\\n"
+        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} \\\n"
         f"    --lora-modules tuned={repo_id}"
     )
     return _fence("python", python) + "\n\n" + _fence("bash", vllm)
@@ -425,13 +438,13 @@ def _fence(language: str, text: str) -> str:
     return f"```{language}\n{text}\n```"
 
 
-def _better(report: EvalReport | None, said: Callable[[str], str]) -> str:
+def _better(report: EvalReport | None, base: str) -> str:
     if report is None:
         return "Not evaluated: no report came with it."
     rate = report.win_rate
     rows: list[list[object]] = [
         [
-            f"win rate over {said(report.base_model)}",
+            f"win rate over {base}",
             percent(rate.win_rate),
             interval(rate.wilson_low, rate.wilson_high),
         ]
@@ -476,18 +489,14 @@ def _forgotten(report: EvalReport | None) -> list[str]:
     return parts
 
 
-def _data(provenance: Provenance, dataset: str | None, said: Callable[[str], str]) -> str:
+def _data(provenance: Provenance, dataset: str | None, answers: str, rubric_hash: str) -> str:
     rubric = provenance.rubric
     rows: list[list[object]] = [
         ["prompts", provenance.prompts or "not stated"],
         ["prompts trained on", _number(provenance.n_prompts)],
-        [
-            "answers",
-            ", ".join(f"{n:,} by {said(name)}" for name, n in provenance.answered_by.items())
-            or "not stated",
-        ],
+        ["answers", answers or "not stated"],
         ["judge", provenance.judge or "not stated"],
-        ["rubric", f"{rubric.name}, hash {rubric.rubric_hash}" if rubric else "not stated"],
+        ["rubric", f"{rubric.name}, hash {rubric_hash}" if rubric else "not stated"],
         ["preferences", _number(provenance.n_pairs)],
         [
             "left out",
@@ -534,15 +543,15 @@ def _judge_quality(provenance: Provenance) -> str:
     )
 
 
-def _training(provenance: Provenance) -> str:
-    if not provenance.settings:
+def _training(settings: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
+    if not settings:
         return "The settings are not known."
     rows = [
-        [f"{part}.{name}", _plain(value)]
-        for part, values in provenance.settings.items()
+        [inert(f"{part}.{name}"), inert(_plain(value))]
+        for part, values in settings.items()
         for name, value in values.items()
     ]
-    made = ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
+    made = ", ".join(f"{name} {version}" for name, version in versions.items())
     text = (
         "<details><summary>All settings</summary>\n\n"
         + _table(["setting", "value"], rows)

@@ -507,7 +507,7 @@ def test_the_card_counts_what_the_data_holds():
         "| prompts | 2 |",
         "| groups with 2 answers | 1 |",
         "| groups with 3 answers | 1 |",
-        "| answers by `m` | 5 |",
+        "| answers by m | 5 |",
         "| groups of category (none) | 1 |",
         "| groups of category ideas | 1 |",
         "| chosen | 2.67 | 3 | 2 | 3 |",

@@ -105,7 +105,8 @@ def test_a_whole_flow_and_failing_runs_leave_no_key_behind(tiny_model, tmp_path)
     assert set(codes.values()) == {1}
     assert len(codes) == 2 * (len(MODES) - 1)
     printed = (tmp_path / "printed.txt").read_text()
-    assert "DEBUG:anthropic" in printed and "DEBUG:openai" in printed
+    assert "DEBUG:anthropic" in printed
+    assert "DEBUG:openai" in printed
     assert "[hidden]" in printed
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 60
