@@ -66,7 +66,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         try:
             yield temporary
             keep_files(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(folder)
             temporary.rename(folder)
             _keep(folder.parent)
         except BaseException:
