@@ -1,4 +1,4 @@
-"""What a model, a judge or a stranger wrote is text, in every page and every card; in a real browser."""
+"""What a model, a judge or a stranger wrote is text, in every page, every card and a real browser."""
 
 import json
 import re
