@@ -93,8 +93,11 @@ def serve_dashboard(history: History, *, host: str = "127.0.0.1", port: int = 80
     """Serve until stopped.
 
     Raises:
-        PrefoptError: uvicorn is not installed, or the port is taken.
+        ValueError: no such port.
+        PrefoptError: uvicorn is not installed, or the address cannot be had.
     """
+    if not 0 < port < 2**16:  # the system would take another one, and say nothing
+        raise ValueError(f"a port is a number from 1 to 65535, got {port}.")
     app = dashboard(history, hosts=("127.0.0.1", "localhost", host))
     import uvicorn
 
@@ -103,7 +106,8 @@ def serve_dashboard(history: History, *, host: str = "127.0.0.1", port: int = 80
         uvicorn.run(app, host=host, port=port, log_level="warning")
     except SystemExit as error:  # uvicorn's way of saying that it cannot have the port
         raise PrefoptError(
-            f"cannot serve at {host}:{port}; is the port taken? Choose another with --port."
+            f"cannot serve at {host}:{port}; is the port taken? Choose another with --port, and as "
+            "--host an address that this machine has."
         ) from error
 
 

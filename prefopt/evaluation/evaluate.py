@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,7 @@ def evaluate_model(
     asked = _asked(judge, rubric, max_usd, prices)
     _check_labels(human_labels, to_label)
     further = find_checkpoints(checkpoints) if checkpoints else []
+    _check_adapter(adapter)
     if beta is None:
         beta, reason = trained_beta(adapter)
         if beta is None:
@@ -403,6 +405,19 @@ def _read(given: str | Path | Sequence[Candidate]) -> list[Candidate]:
     if not answers:
         raise DataError(f"{given} holds no answers.")
     return answers
+
+
+def _check_adapter(adapter: str | Path) -> None:
+    """Fail before a model is loaded for what is no adapter and cannot be on the Hub either."""
+    folder = Path(adapter).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        return
+    if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(adapter)):
+        raise DataError(
+            f"{adapter} {'holds no adapter' if folder.is_dir() else 'is not there'}. An adapter is a "
+            "folder with adapter_config.json and adapter_model.safetensors, such as "
+            "`prefopt train dpo` and `prefopt run` write."
+        )
 
 
 def _check_labels(human_labels: str | Path | None, to_label: int) -> None:

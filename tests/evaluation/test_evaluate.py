@@ -184,6 +184,8 @@ def test_the_command_ranks_takes_labels_and_keeps_the_gate(tmp_path, capsys) -> 
         (["--answers.a", "x", "--answers.b", "y", "--checkpoints", "z"], "--checkpoints needs the"),
         (["--adapter", "y", "--checkpoints", "[here, there]"], "there is not there"),
         (["--adapter", "y", "--beta", "-1"], "beta must be positive"),
+        (["--adapter", "y"], "y is not there. An adapter is a folder"),
+        (["--adapter", "."], ". holds no adapter"),
         (["--answers.a", "nowhere.jsonl", "--answers.b", "y"], "nowhere.jsonl"),
         ([], "needs the tuned adapter"),
     ],

@@ -458,6 +458,9 @@ def test_a_taken_port_is_said_in_words(history, monkeypatch):
     monkeypatch.setattr(uvicorn, "run", taken)
     with pytest.raises(PrefoptError, match="is the port taken"):
         serve_dashboard(history)
+    for port in (0, -1, 65536):
+        with pytest.raises(ValueError, match=f"from 1 to 65535, got {port}"):
+            serve_dashboard(history, port=port)
 
 
 def test_the_commands(folder, tmp_path, capsys):
