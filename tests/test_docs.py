@@ -98,10 +98,16 @@ PLAIN = [p for p in PAGES if p.name not in OWN_TEST and blocks(p, "python")]
 
 
 @pytest.mark.parametrize("page", PLAIN, ids=page_id)
-def test_the_python_of_a_page_runs_as_written(page, folder):
+def test_the_python_of_a_page_runs_as_written(page, folder, capsys):
+    """And prints what stands behind `print(...)  # `, up to a colon, and the rows of a table."""
     names = {}
     for block in blocks(page, "python"):
         run_block(block, page.name, names, **fast(str(folder / "tiny"), **{'"demo"': '"tiny"'}))
+        printed = capsys.readouterr().out
+        for shown in re.findall(r"^print\(.*\)  # (.*?)(?:: .*)?$", block, re.MULTILINE):
+            assert shown in printed
+        rows = [line for line in printed.splitlines() if line.startswith("| ")]
+        assert all(row in page.read_text(encoding="utf-8") for row in rows)
 
 
 @pytest.mark.parametrize("name", OWN_TEST)
