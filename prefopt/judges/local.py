@@ -58,7 +58,7 @@ class LocalJudge(Judge):
             model = self._model
             self._weights = model_fingerprint(model) if isinstance(model, str) else model.name
         weights = self._weights
-        asked = [_question("{conversation}", "{first}", "{second}", self.rubric), "local/1"]
+        asked = [_question("{conversation}", "{first}", "{second}", self.rubric), "local/2"]
         return content_hash(
             [weights, self.rubric.rubric_hash, self.tie_band, self.strong_band, asked]
         )
@@ -75,7 +75,8 @@ class LocalJudge(Judge):
         from prefopt.chat import tokenize_prompt
 
         labels = [_label_token(loaded.tokenizer, label) for label in ("1", "2")]
-        questions = [tokenize_prompt(loaded.tokenizer, self._ask(c)) for c in comparisons]
+        special = _special_texts(loaded.tokenizer)
+        questions = [tokenize_prompt(loaded.tokenizer, self._ask(c, special)) for c in comparisons]
         context = getattr(loaded.model.config, "max_position_embeddings", None) or 10**9
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
         fitting = [i for i in order if len(questions[i]) <= context]
@@ -95,9 +96,10 @@ class LocalJudge(Judge):
                 ),
             )
 
-    def _ask(self, comparison: Comparison) -> Prompt:
+    def _ask(self, comparison: Comparison, special: Sequence[str]) -> Prompt:
         conversation = "\n\n".join(f"{m.role}: {m.content}" for m in comparison.prompt.messages)
-        text = _question(conversation, comparison.a.text, comparison.b.text, self.rubric)
+        first, second = (_as_text(c.text, special) for c in (comparison.a, comparison.b))
+        text = _question(_as_text(conversation, special), first, second, self.rubric)
         return Prompt.from_messages([Message("user", text)])
 
     def _verdict(self, p_first: float) -> Verdict:
@@ -110,6 +112,19 @@ class LocalJudge(Judge):
             preferred = "tie"
         strength = 0 if preferred == "tie" else 2 if distance >= self.strong_band else 1
         return Verdict(judge=self.name, preferred=preferred, strength=strength, p_a=p_first)
+
+
+def _special_texts(tokenizer: Any) -> list[str]:
+    """How the tokenizer's special tokens are written, the longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+
+
+def _as_text(text: str, special: Sequence[str]) -> str:
+    """The text with special tokens broken in two: an answer could end its turn and begin the judge's."""
+    for token in special:
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def _question(conversation: str, first: str, second: str, rubric: Rubric) -> str:
