@@ -467,7 +467,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
         assert not foreign, (page, foreign)
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"url\(\s*[\"']?https?:", style.read_text(encoding="utf-8")), style
-    dpo = (tmp_path / "explain-dpo" / "index.html").read_text(encoding="utf-8")
+    dpo = (tmp_path / "explain-dpo.html").read_text(encoding="utf-8")
     assert dpo.count("<math ") >= 20
     for name in json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"][:1]:
         assert "location" in name
