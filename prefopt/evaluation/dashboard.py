@@ -99,6 +99,7 @@ def serve_dashboard(history: History, *, host: str = "127.0.0.1", port: int = 80
     if not 0 < port < 2**16:  # the system would take another one, and say nothing
         raise ValueError(f"a port is a number from 1 to 65535, got {port}.")
     app = dashboard(history, hosts=("127.0.0.1", "localhost", host))
+    import scipy.stats  # noqa: F401  the first page that tests a change would wait for it
     import uvicorn
 
     print(f"http://{host}:{port}   (stop with Ctrl-C)", flush=True)

@@ -498,6 +498,8 @@ class History:
     def _all(self, query: str, *values: Any) -> list[Any]:
         try:
             return self._db.execute(query, values).fetchall()
+        except OverflowError as error:  # of the numbers asked for
+            raise DataError(f"{self.path} holds nothing with so large a number.") from error
         except sqlite3.Error as error:
             raise DataError(f"cannot read the history {self.path}: {error}.") from error
 

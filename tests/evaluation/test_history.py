@@ -433,6 +433,8 @@ def test_what_is_not_there_is_said_in_words(client):
     for page, words in (
         ("/evaluations/9", "no evaluation 9"), ("/evaluations/1/pairs/9", "no pair 9"),
         ("/changes/1/9", "no evaluation 9"), ("/nonsense", "no such page"),
+        (f"/evaluations/{2**64}", "so large a number"),
+        (f"/evaluations/1/pairs/{2**64}", "so large a number"),
     ):  # fmt: skip
         answer = client.get(page)
         assert answer.status_code == 404
