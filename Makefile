@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint slow docs compat clean
+.PHONY: quickstart test lint slow docs compat audit licences fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,9 @@ help:
 	@echo "make slow         the tests that train and sample real models for minutes"
 	@echo "make docs         build the documentation site into site/"
 	@echo "make compat       the tests on the built wheel with other versions: PYTHON=... CONSTRAINTS=..."
+	@echo "make audit        known vulnerabilities of what is installed; needs a network"
+	@echo "make licences     docs/licences.md, from what is installed"
+	@echo "make fuzz         a million random inputs for the parsers, half an hour"
 	@echo "make clean        remove the environment and what was built"
 
 # torch first and pinned: where a CPU build of that version is at hand it is taken, and nothing
@@ -55,6 +58,19 @@ docs: $(READY)
 CONSTRAINTS ?= constraints/lowest.txt
 compat:
 	OMP_NUM_THREADS=1 .ci/compat $(PYTHON) $(CONSTRAINTS) $(ARGS)
+
+# In an environment of its own: the auditor's own dependencies are none of ours.
+audit: $(READY)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+licences: $(READY)
+	$(BIN)/python tests/security/licences.py
+
+fuzz: $(READY)
+	$(PIP) -c constraints/tested.txt -e '.[fuzz]'
+	nice -n 5 $(BIN)/python -m tests.fuzz.run --inputs 1000000 --write
 
 clean:
 	rm -rf $(VENV) .env-started site dist .compat
