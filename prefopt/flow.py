@@ -7,6 +7,7 @@ folder that can be killed and continued. `prefopt run` and `recipes/quickstart.p
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -152,7 +153,8 @@ def run_flow(
                 groups,
                 judge=judge.name,
                 left_out=preferences.left_out,
-                cost_usd=spent_usd(ledger),
+                # Of these verdicts, not of the ledger: the same whenever the card is made.
+                cost_usd=math.fsum(v.usage.cost_usd for item in judged for v in item.verdicts),
                 source=f"{config.k} answers a prompt sampled from {config.model}",
             )
             write_bytes(folder / "README.md", card.encode())
