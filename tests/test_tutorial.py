@@ -61,7 +61,7 @@ def test_the_tutorial_runs_as_written(model, tmp_path, monkeypatch, capsys):
         lines = {plain(line) for line in printed.splitlines()}
         shown = [line for output in shown_outputs() for line in output.splitlines()]
         # An answer's words are those of one machine, and so may be what is found in the figures.
-        words = re.compile(r" *(before|after) |          |…$")
+        words = re.compile(r" *(before|after) |          | *…$")
         kept = [line for line in shown if line.strip() and not words.match(line)]
         missing = [line for line in kept if plain(line) not in lines]
         assert len(kept) > 25
