@@ -159,10 +159,11 @@ def trend_svg(rates: Sequence[tuple[float, float, float]]) -> str:
     def draw(axes: Any, _: Any) -> None:
         places = range(1, len(rates) + 1)
         axes.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=(0, (3, 2)))
+        room = min(1.0, 25 / len(rates))
         for place, (_rate, low, high) in zip(places, rates, strict=True):
-            axes.plot([place, place], [low, high], color=WIN, linewidth=2)
+            axes.plot([place, place], [low, high], color=WIN, linewidth=max(2 * room, 0.5))
         values = [rate for rate, _, _ in rates]
-        axes.plot(places, values, color=INK, linewidth=1.2, marker="o", markersize=5)
+        axes.plot(places, values, color=INK, linewidth=1.2, marker="o", markersize=5 * room)
         axes.set_ylim(0, 1)
         axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         axes.set_xlim(0.5, len(rates) + 0.5)
@@ -187,11 +188,12 @@ def task_trend_svg(
             color=MUTED, linewidth=1.2, linestyle=(0, (3, 2)),
         )  # fmt: skip
         axes.plot(list(places.values()), [score for _, score in tuned], color=INK, linewidth=1.4)
+        room = min(1.0, 12 / len(tuned))
         for number, score in tuned:
             fell = number in dropped
             axes.plot(
                 [places[number]], [score], "v" if fell else "o", color=LOSS if fell else INK,
-                markersize=9 if fell else 5, clip_on=False, zorder=3,
+                markersize=max(9 * room, 5) if fell else 5 * room, clip_on=False, zorder=3 + fell,
             )  # fmt: skip
         scores = [score for _, score in (*tuned, *base)]
         room = 0.2 * (max(scores) - min(scores)) or 1.0

@@ -421,6 +421,18 @@ def test_pages_and_list_show_what_was_lost_and_when(history, tmp_path, capsys):
     assert "no series 'x'; it has 'without', 's'" in capsys.readouterr().err
 
 
+def test_of_many_evaluations_the_older_ones_are_folded(history, folder):
+    report = msgspec.json.decode((folder / "report.json").read_bytes(), type=EvalReport)
+    for number in range(1, 15):
+        later = msgspec.structs.replace(report, title=f"number {number}")
+        (folder / "report.json").write_bytes(msgspec.json.encode(later))
+        history.add(folder, series="s")
+    page = TestClient(dashboard(history), base_url="http://localhost").get("/").text
+    shown, folded = page.split("<summary>2 older evaluations</summary>")
+    assert re.findall(r"/evaluations/(\d+)\"", shown) == [str(n) for n in range(14, 2, -1)]
+    assert re.findall(r"/evaluations/(\d+)\"", folded) == ["2", "1"]
+
+
 def test_a_pair_leads_back_to_the_pairs_that_were_found(client):
     found = client.get("/evaluations/1?text=%3Cscript%3E&result=loss&page=1&x=y").text
     (link,) = re.findall(r'href="(/evaluations/1/pairs/2[^"]*)"', found)
