@@ -54,7 +54,8 @@ class Slots:
         """Keys and values of prompts (B, T), padded on the right."""
         cache = DynamicCache(config=self.model.config)
         # Without a mask: no token sees what is to the right of it.
-        self.model.base_model(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True)
+        reader = self.model.base_model
+        reader(input_ids=ids.to(self.device), use_cache=True, **_cache_argument(reader, cache))
         return cache
 
     def enter(self, cache: Any, lengths: Sequence[int], copies: Sequence[int]) -> None:
@@ -83,8 +84,8 @@ class Slots:
             input_ids=tokens[:, None],
             position_ids=self.at[:, None],
             attention_mask=mask,
-            past_key_values=self._cache,
             use_cache=True,
+            **_cache_argument(self.model, self._cache),
         )
         self.lengths = [n + 1 for n in self.lengths]
         self.at = self.at + 1
@@ -108,6 +109,12 @@ class Slots:
         self.lengths = [self.lengths[i] for i in stay]
         self.at = self.at[stay]
         return stay
+
+
+def _cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache under the name by which a model takes it, which transformers 5.24 has changed."""
+    names = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 class _SlotLayer(DynamicLayer):
