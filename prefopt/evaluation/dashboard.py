@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _PAIRS_A_PAGE = 50
 _CHANGES_A_PAGE = 20
+_MANY_WORDS = 600
+_MOST_DIGITS = 19
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -68,6 +70,7 @@ def dashboard(
     """
     try:
         from starlette.applications import Starlette
+        from starlette.convertors import IntegerConvertor, register_url_convertor
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
         from starlette.routing import Route
@@ -76,13 +79,19 @@ def dashboard(
             "the dashboard needs Starlette and uvicorn: pip install 'prefopt[dashboard]'"
         ) from error
 
+    class Number(IntegerConvertor):
+        """A number that can be read; what has none of it says so itself."""
+
+        regex = "[0-9]{1,4000}"  # as many as Python reads
+
+    register_url_convertor("number", Number())
     pages = _Pages(history)
     return Starlette(
         routes=[
             Route("/", pages.overview),
-            Route("/evaluations/{number:int}", pages.evaluation),
-            Route("/evaluations/{number:int}/pairs/{place:int}", pages.pair),
-            Route("/changes/{earlier:int}/{later:int}", pages.changes),
+            Route("/evaluations/{number:number}", pages.evaluation),
+            Route("/evaluations/{number:number}/pairs/{place:number}", pages.pair),
+            Route("/changes/{earlier:number}/{later:number}", pages.changes),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
         exception_handlers={DataError: pages.missing, 404: pages.missing},
@@ -120,7 +129,10 @@ def word_changes(earlier: str, later: str) -> list[Piece]:
     """
     a, b = (re.findall(r"\s*(?:\w+|[^\w\s])|\s+", text) for text in (earlier, later))
     pieces: list[Piece] = []
-    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    # Where a word is everywhere in a long text, as in one that repeats itself, matching from it on
+    # takes minutes and says nothing.
+    long = len(a) * len(b) > _MANY_WORDS**2
+    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, a, b, autojunk=long).get_opcodes():
         if tag == "equal":
             pieces.append(Piece("".join(a[i1:i2]), "same"))
             continue
@@ -288,7 +300,8 @@ def _verdict_line(verdict: Verdict) -> str:
 
 
 def _number(text: str | None) -> int:
-    return max(1, int(text)) if text is not None and text.isascii() and text.isdigit() else 1
+    fits = text is not None and text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS
+    return max(1, int(text)) if text is not None and fits else 1
 
 
 def _filter_of(query: Any) -> str:
