@@ -404,6 +404,28 @@ def test_options_of_benchmarks_that_are_named_exist():
     assert found > 5
 
 
+def test_the_measured_ratios_of_the_comparison_are_those_of_the_results():
+    """A new measurement changes README.md and docs/comparison.md too."""
+
+    def bold(name, column):
+        text = (ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8")
+        rows = [line.split("|") for line in text.splitlines() if "**" in line and "|" in line]
+        return sorted(float(re.sub(r"[^\d.]", "", row[column])) for row in rows)
+
+    page = (DOCS / "comparison.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    dpo, ppo = bold("speed_dpo.md", 5), bold("speed_ppo.md", 4)
+    for text in (page, readme):
+        assert f"{dpo[0]:.1f} to {dpo[-1]:.1f} times less CPU" in " ".join(text.split())
+    assert f"{ppo[0]:.1f} to {ppo[-1]:.1f} times less than TRL" in page
+    assert f"{ppo[0]:.1f} to {ppo[-1]:.1f} times less CPU time" in " ".join(readme.split())
+    memory, of_ppo = bold("speed_dpo.md", 8), bold("speed_ppo.md", 6)
+    assert f"{memory[0]:.2f} to {memory[-1]:.2f} of its memory" in page
+    assert f"{of_ppo[0]:.2f} to {of_ppo[-1]:.2f} of its memory" in page
+    sampling = bold("speed_sampling.md", 6)
+    assert f"{sampling[0]:.1f} and {sampling[-1]:.1f} times the tokens a second" in page
+
+
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.rglob("*.md"):
