@@ -52,7 +52,7 @@ slow: $(READY)
 
 docs: $(READY)
 	$(PIP) -c constraints/tested.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # make compat PYTHON=python3.13 CONSTRAINTS=constraints/highest.txt ARGS='tests/families'
 CONSTRAINTS ?= constraints/lowest.txt
