@@ -523,6 +523,9 @@ def evaluate(
             **options,
         )
     _tell(report, out)
+    if checkpoints is not None:
+        for name, line in report.details.items():
+            print(f"{name}: {line}")
     if gate and (failures := gate_failures(report, min_win_rate=min_win_rate)):
         raise GateFailed("the gate is not passed: " + "; ".join(failures) + ".")
 

@@ -240,7 +240,9 @@ def evaluate_model(
             sampling=sampling, seed=seed, device=device, progress=progress,
         )  # fmt: skip
         figures["frontier"] = frontier.points
-        figures["details"] = frontier.lines
+        figures["details"] = {
+            f"Further model {name}": line for name, line in frontier.lines.items()
+        }
         figures["cost_usd"] = frontier.cost_usd + sum(
             v.usage.cost_usd for j in judged for v in j.verdicts
         )

@@ -350,5 +350,7 @@ def test_checkpoints_are_in_the_picture_of_win_rate_against_kl(tiny, tmp_path, c
     # It is the tuned model under another name.
     assert last.kl.value == pytest.approx(report.shift.kl.value, rel=1e-4)  # other batches
     assert last.win_rate == report.win_rate.win_rate
-    assert "KL 0.00 nats an answer, preferred on 50 %" in report.details["checkpoint-0"]
+    assert (
+        "KL 0.00 nats an answer, preferred on 50 %" in report.details["Further model checkpoint-0"]
+    )
     assert "checkpoint-0: KL 0.0" in (tmp_path / "r" / "report.html").read_text()
