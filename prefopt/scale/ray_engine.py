@@ -87,8 +87,12 @@ class RayEngine:
         quiet = {"log_to_driver": False, "configure_logging": False}
         self._is_ours = True
         if address is None:
+            # Said outright: with no address Ray would join any cluster that it finds.
             self._ray.init(
-                include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **quiet,
             )
             return
         try:

@@ -1,6 +1,7 @@
-"""Work that never ends on one of the machines, so that this can be killed in the middle of a shard."""
+"""Work that dies in the middle of a shard: its process at once, or the machine that it waits on."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,25 +11,33 @@ from typing import Any
 from prefopt.scale.shard_map import Made, Work
 
 VICTIM = "PREFOPT_TEST_VICTIM"
-"""An environment variable that the machine to be killed has."""
+"""An environment variable that a machine which is to be killed has."""
 
 
 @dataclass(frozen=True)
 class StumblingWork:
-    """Does `work`; on the victim it does one shard, and says in a file that it began the second."""
+    """Does `work`, but for the second shard of one process.
+
+    On a machine that is a victim this makes the file `inside` and waits to be killed. Otherwise the
+    first process that finds no such file makes it and kills itself.
+    """
 
     work: Work
     inside: Path
+    by_machine: bool
 
     def open(self) -> Callable[[list[Any]], Mapping[str, Made]]:
         inner = self.work.open()
         done = []
 
         def stumble(records: list[Any]) -> Mapping[str, Made]:
-            if os.environ.get(VICTIM) and done:
+            if done and self.by_machine and os.environ.get(VICTIM):
                 self.inside.touch()
-                while True:  # until the machine is killed
+                while True:
                     time.sleep(0.05)
+            if done and not self.by_machine and not self.inside.exists():
+                self.inside.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             done.append(1)
             return inner(records)
 
