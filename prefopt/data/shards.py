@@ -15,7 +15,7 @@ import io
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
@@ -30,10 +30,14 @@ PREFERENCES = "prefopt.preference_rows/1"
 """The kind of shards that hold the columns of `preference_rows`, as trainers read them."""
 
 
+# A folder may be somebody else's: its shards lie in it, and what is made of them in another one.
+_InFolder = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_.-]*\.parquet\Z")]
+
+
 class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One file of a folder. `counts` is what its maker counted."""
 
-    name: str
+    name: _InFolder
     rows: int
     sha256: str
     counts: dict[str, int] = {}
@@ -122,7 +126,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read as a manifest of shards: {error}. Restore it, or remove the "
             "folder to have it made again."
