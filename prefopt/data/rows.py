@@ -143,8 +143,8 @@ def stream_rows(source: Source, *, split: str = "train") -> Iterator[Row]:
         yield from _stream_parquet(path)
     elif path is not None and path.is_file() and path.suffix.lower() == ".jsonl":
         problems: list[str] = []
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
                 one = _read_file_line(path, line, number)
                 yield from one.rows
                 problems += one.problems
@@ -172,14 +172,25 @@ def _stream_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number = n_bytes = 0
     try:
+        most = _most_bytes(path)
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            shape = file.metadata
+            stated = sum(shape.row_group(i).total_byte_size for i in range(shape.num_row_groups))
+            if stated > most:
+                raise _too_large(path, most)
+            # Not in one piece: a long text that a million rows share is small in the file alone.
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                n_bytes += sum(_decoded_bytes(column) for column in batch.columns)
+                if n_bytes > most:
+                    raise _too_large(path, most)
                 for value in batch.to_pylist():
                     yield Row(f"row {number}", value)
                     number += 1
-    except (OSError, pyarrow.ArrowException) as error:
+    except FileNotFoundError as error:
+        raise DataError(f"cannot read {path}: No such file or directory.") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {path} as Parquet: {error}") from error
 
 
@@ -230,7 +241,7 @@ def _read_file(path: Path, suffix: str) -> Rows:
     if suffix not in SUFFIXES:
         raise DataError(f"cannot read {path}: expected one of {', '.join(SUFFIXES)}.")
     if suffix == ".parquet" and path.suffix.lower() != _GZIP:
-        return _read_parquet(path)
+        return Rows(str(path), list(_stream_parquet(path)), [])
     try:
         content = _unpacked(path) if path.suffix.lower() == _GZIP else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -273,32 +284,6 @@ def _unpacked(path: Path) -> bytes:
             if len(content) > most:
                 raise _too_large(path, most)
     return bytes(content)
-
-
-def _read_parquet(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    values: list[Any] = []
-    try:
-        most = _most_bytes(path)
-        with pyarrow.parquet.ParquetFile(path) as file:
-            shape = file.metadata
-            stated = sum(shape.row_group(i).total_byte_size for i in range(shape.num_row_groups))
-            if stated > most:
-                raise _too_large(path, most)
-            # Not in one piece: a long text that a million rows share is small in the file alone.
-            n_bytes = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                n_bytes += sum(_decoded_bytes(column) for column in batch.columns)
-                if n_bytes > most:
-                    raise _too_large(path, most)
-                values += batch.to_pylist()
-    except FileNotFoundError as error:
-        raise DataError(f"cannot read {path}: No such file or directory.") from error
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read {path} as Parquet: {error}") from error
-    return Rows(str(path), [Row(f"row {i}", value) for i, value in enumerate(values)], [])
 
 
 def _decoded_bytes(column: Any) -> int:

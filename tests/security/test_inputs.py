@@ -95,6 +95,8 @@ def test_a_parquet_file_that_fills_the_memory_is_left_packed(tmp_path, shared, s
     assert path.stat().st_size < 100_000
     with pytest.raises(DataError, match="unpacks to more than"):
         load_prompts(path)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        list(rows.stream_rows(path))
 
 
 def bomb():

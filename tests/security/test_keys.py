@@ -114,3 +114,12 @@ def test_a_whole_flow_and_failing_runs_leave_no_key_behind(tiny_model, tmp_path)
         content = path.read_bytes()
         assert b"SECRET" not in content, path
         assert not any(key.encode() in content for key in KEYS.values()), path
+
+
+@pytest.mark.parametrize("key", [k for name, k in KEYS.items() if name[:3] not in ("AWS", "WAN")])
+def test_a_file_with_a_key_in_it_is_not_pushed(key):
+    from prefopt.serving.hub_push import _secrets_in
+
+    assert list(_secrets_in({"x.json": f'{{"a": "{key}"}}'.encode()}))
+    assert list(_secrets_in({"x.json": b"\n\nsk-proj-a1_b2-" + b"c3" * 30}))
+    assert not list(_secrets_in({"x.json": b'"sk-learn-is-a-library", "risk-free"'}))
