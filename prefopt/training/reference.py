@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,7 @@ class ReferenceCache:
                 "computed again: delete it, or give another reference_cache folder."
             ) from error
         self._database = database
+        weakref.finalize(self, _close, database)
 
     def get(self, keys: Iterable[bytes]) -> dict[bytes, Tensor]:
         """What is known, (R,) float32 an answer; keys that are not known are left out."""
@@ -256,6 +258,11 @@ class ReferenceCache:
                     "INSERT OR REPLACE INTO token_logps VALUES (?, ?, ?)",
                     ((self._fingerprint, key, value.tobytes()) for key, value in arrays.items()),
                 )
+
+
+def _close(database: sqlite3.Connection) -> None:
+    with contextlib.suppress(sqlite3.ProgrammingError):  # of another thread, which ends it itself
+        database.close()
 
 
 class ReferenceScorer:

@@ -421,3 +421,12 @@ def test_a_copied_adapter_is_frozen_and_equal_and_the_original_trains():
     assert not torch.allclose(model(input_ids=x).logits, before)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trains
     assert model.training
+
+
+def test_its_file_is_closed_when_the_cache_goes(tmp_path):
+    cache = ReferenceCache(tmp_path, "a")
+    database = cache._database
+    database.execute("SELECT 1")
+    del cache
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        database.execute("SELECT 1")
