@@ -206,7 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     with_atheris = importlib.util.find_spec("atheris") is not None and not options.no_atheris
     start = time.perf_counter()
+    engines = ["changed inputs", "hypothesis", *(["atheris"] if with_atheris else [])]
     found: dict[str, Outcome] = {}
+    seconds: dict[str, float] = {}
     lines = [
         "| parser | inputs | inputs/s | taken | refused | slowest | faults |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -223,7 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
             if of_atheris:
                 by_atheris(name, of_atheris, options.seed, outcome)
             found[name] = outcome
-            rate = outcome.n / (time.perf_counter() - begun)
+            seconds[name] = time.perf_counter() - begun
+            rate = outcome.n / seconds[name]
             lines.append(
                 f"| {name} | {outcome.n:,} | {rate:,.0f} | {outcome.taken:,} | "
                 f"{sum(outcome.refused.values()):,} | {outcome.slowest_s:.2f} s | "
@@ -233,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
             for kind, shown in outcome.faults.items():
                 print(f"    FAULT {kind}: {shown}", flush=True)
             if options.write:
-                _write(found, lines, _sum(found, start), options, with_atheris)
+                _write(found, seconds, engines)
     finally:
         clean_up()
     said = _sum(found, start)
@@ -249,29 +252,42 @@ def _sum(found: dict[str, Outcome], start: float) -> str:
     return f"{speed}, {n_faults} kinds of faults"
 
 
-def _write(
-    found: dict[str, Outcome], lines: list[str], said: str, options: Any, with_atheris: bool
-) -> None:
+def _write(found: dict[str, Outcome], seconds: dict[str, float], engines: list[str]) -> None:
+    """Into the results, beside what they have of other parsers."""
     from prefopt.evaluation.eval_report import installed_versions
+    from tests.fuzz.targets import TARGETS
 
-    engines = ["changed inputs", "hypothesis", *(["atheris"] if with_atheris else [])]
-    kept = {
-        "command": f"python -m tests.fuzz.run --inputs {options.inputs} --seed {options.seed} --write",
-        "engines": engines,
-        "versions": installed_versions(),
-        "parsers": {name: outcome.plain() for name, outcome in found.items()},
-    }
+    path = RESULTS / "fuzz.json"
+    kept = json.loads(path.read_text())["parsers"] if path.is_file() else {}
+    for name, outcome in found.items():
+        kept[name] = {**outcome.plain(), "seconds": round(seconds[name], 1), "engines": engines}
+    kept = {name: kept[name] for name in TARGETS if name in kept}
+    rows = [
+        "| parser | inputs | inputs/s | taken | refused | slowest | faults |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, one in kept.items():
+        refused = sum(one["refused"].values())
+        rows.append(
+            f"| {name} | {one['inputs']:,} | {one['inputs'] / one['seconds']:,.0f} | "
+            f"{one['taken']:,} | {refused:,} | {one['slowest_s']:.2f} s | {len(one['faults'])} |"
+        )
+    total = sum(one["inputs"] for one in kept.values())
+    took = sum(one["seconds"] for one in kept.values())
+    n_faults = sum(len(one["faults"]) for one in kept.values())
+    used = sorted({engine for one in kept.values() for engine in one["engines"]})
     text = (
-        f"# Parsers under random inputs\n\nPrinted by `{kept['command']}` (one process, with "
-        f"{', '.join(engines)}).\n\n{said}.\n\nTaken: the parser made something of the input. "
-        "Refused: with an error that its documentation names. A fault is any other error, or an input "
-        "that takes more than 5 s. The speed is that of a machine with other work.\n\n"
-        + "\n".join(lines)
-        + "\n"
+        "# Parsers under random inputs\n\nPrinted by `python -m tests.fuzz.run --inputs 1000000 "
+        f"--write` (one process; {', '.join(used)}; with `--targets`, some of the parsers are given "
+        f"new inputs and the others' rows stay).\n\n{total:,} inputs in {took:,.0f} s "
+        f"({total / took:,.0f} a second), {n_faults} kinds of faults.\n\nTaken: the parser made "
+        "something of the input. Refused: with an error that its documentation names. A fault is any "
+        "other error, or an input that takes more than 5 s. The speed is that of a machine with other "
+        "work.\n\n" + "\n".join(rows) + "\n"
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "fuzz.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (RESULTS / "fuzz.md").write_text(text)
+    content = json.dumps({"versions": installed_versions(), "parsers": kept}, indent=1)
+    path.write_text(content + "\n")
+    path.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

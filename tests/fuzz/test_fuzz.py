@@ -20,9 +20,9 @@ def files():
 @pytest.mark.parametrize("name", [name for name in TARGETS if name not in SLOW])
 def test_a_parser_takes_an_input_or_refuses_it_with_an_error_of_ours(name):
     outcome = Outcome()
-    by_changes(name, 60, seed=1, outcome=outcome)
+    by_changes(name, 25, seed=1, outcome=outcome)
     assert not outcome.faults
-    assert outcome.n == 60
+    assert outcome.n == 25
 
 
 @pytest.mark.slow
