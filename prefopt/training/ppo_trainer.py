@@ -348,8 +348,10 @@ class PPOTrainer(WholeCheckpoints):
     def _scored_with(self) -> Any:
         """The reward; an adapter of a base in shares is read on the whole copy of it."""
         reward, whole = self.reward, self._whole
-        on_policy = isinstance(reward, RewardModel) and reward.model is self.roles.policy
-        if whole is None or not on_policy:
+        if not isinstance(reward, RewardModel) or reward.model is not self.roles.policy:
+            return reward
+        reward.scoring = self.roles.scoring  # found out already
+        if whole is None:
             return reward
         return RewardModel(
             whole.model,

@@ -156,6 +156,7 @@ def train_case(folder, settings):
     peft_config = LORA if tune == "lora" else None
     if "RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
+        settings["bf16"] = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     trainer = make_trainer(
         folder / "run",
         engine=ByPrompt(),

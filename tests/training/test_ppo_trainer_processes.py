@@ -109,6 +109,24 @@ def test_every_arrangement_is_one_process(tune, recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", ["fsdp2", *(pytest.param(r, marks=needs_deepspeed) for r in ("zero2", "zero3"))]
+)
+def test_in_the_recipes_own_bfloat16(recipe, tmp_path):
+    """Adapters, whose whole copy multiplies in bfloat16 too: near to one process in float32."""
+    short = {"num_rollouts": 1, "save_strategy": "no"}
+    cases = {
+        "one": settings_of("lora", None, **short),
+        "two": settings_of("lora", recipe, mixed_precision="bf16", **short),
+    }
+    run_cases(MODULE, tmp_path, cases)
+    (_, lines, _), (_, others, _) = read(tmp_path, "two"), read(tmp_path, "one")
+    assert lines[0]["policy/ratio"] == pytest.approx(1.0, abs=0.01)
+    for name in ("objective/scores", "objective/entropy", "loss/value", "grad_norm", "replay/nll"):
+        assert lines[0][name] == pytest.approx(others[0][name], rel=0.05, abs=0.01), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_the_training_function_in_two_processes(recipe, tiny_model, tmp_path):
     """The same files as in one, told and drawn once; both know the result."""
