@@ -219,7 +219,7 @@ def run_flow(
                 health=diagnose(points, beta=dpo.beta),
                 labels=count_labels(groups, preferences.left_out, judged),
                 preflight=[*judge_changes(ledger), *checked.to_text().splitlines()],
-                cost_usd=spent_usd(ledger),
+                cost_usd=spent_usd(ledger, [*judged, *judged_held_out]),
                 seeds={"run": config.seed},
                 shift=measure_shift(
                     tuned(), answers_tuned,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -360,12 +361,14 @@ def judge_changes(ledger: Path) -> tuple[str, ...]:
         return drift_findings(book)
 
 
-def spent_usd(ledger: Path) -> float:
-    """What the verdicts in a ledger cost, to a billionth of a dollar.
+def spent_usd(ledger: Path, judged: Sequence[JudgedComparison] = ()) -> float:
+    """What the answers in a ledger cost, and never less than the verdicts at hand.
 
-    The sum's last digits hang on the order in which the answers came.
+    To a billionth of a dollar: the sum's last digits hang on the order in which the answers came. A
+    ledger that was lost and begun anew knows nothing of verdicts that are there.
     """
     from prefopt.judges.ledger import Ledger
 
+    at_hand = math.fsum(verdict.usage.cost_usd for item in judged for verdict in item.verdicts)
     with Ledger(ledger) as book:
-        return round(book.spent_usd(), 9)
+        return round(max(book.spent_usd(), at_hand), 9)

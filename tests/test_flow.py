@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -201,39 +200,6 @@ def test_kills_at_random_moments_change_nothing(finished, tiny_model, prompt_fil
     assert killed >= rounds
 
 
-def test_one_kill_in_the_middle_of_training_changes_nothing(
-    finished, tiny_model, prompt_file, tmp_path
-):
-    """The moment that is hardest to get right, in every run of the tests."""
-    out, _ = finished
-    script = (
-        "import os, signal, sys\n"
-        "from transformers import TrainerCallback\n"
-        "from prefopt.training import dpo\n"
-        "original = dpo._make_trainer\n"
-        "class Kill(TrainerCallback):\n"
-        "    def on_step_end(self, args, state, control, **_):\n"
-        "        if state.global_step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "def make(*a, **k):\n"
-        "    trainer = original(*a, **k); trainer.add_callback(Kill()); return trainer\n"
-        "dpo._make_trainer = make\n"
-        "from tests.test_flow import config\n"
-        "from prefopt.flow import run_flow\n"
-        "run_flow(config(*sys.argv[1:4]), progress=False)\n"
-    )
-    folder = tmp_path / "run"
-    arguments = [str(folder), tiny_model, str(prompt_file)]
-    killed = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=Path(__file__).parents[1], capture_output=True, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL
-    assert list((folder / ".partial" / "checkpoints").glob("checkpoint-*"))
-    assert not (folder / "adapter").exists()
-    run_flow(config(*arguments), progress=False)
-    assert hashes(folder) == hashes(out)
-
-
 def test_the_same_flow_with_claude_as_judge_pays_once(
     tiny_model, prompt_file, tmp_path, monkeypatch
 ):
@@ -309,3 +275,18 @@ def test_capabilities_are_checked_first_and_change_the_report_alone(
     assert [t.task for t in report.capabilities.tasks] == ["prefopt_plain_text"]
     now = hashes(tmp_path / "run")
     assert {name for name in kept if now[name] != kept[name]} == {"report/report.json"}
+
+
+def test_a_ledger_that_began_anew_does_not_make_verdicts_free(tmp_path):
+    from prefopt.flow_stages import spent_usd
+    from prefopt.judges.ledger import Attempt, Ledger
+    from prefopt.types import Candidate, Comparison, JudgedComparison, Prompt, Usage, Verdict
+
+    a, b = (Candidate(prompt=Prompt.from_text("p"), text=t, model="m") for t in "ab")
+    verdict = Verdict(judge="j", preferred="a", strength=1, usage=Usage(cost_usd=0.1))
+    judged = [JudgedComparison(comparison=Comparison(a=a, b=b), forward=verdict, backward=verdict)]
+    assert spent_usd(tmp_path / "l") == 0.0
+    assert spent_usd(tmp_path / "l", judged) == 0.2
+    with Ledger(tmp_path / "l") as book:  # with answers that brought no verdict
+        book.record("k", "j", verdict, [Attempt(outcome="answered", cost_usd=0.3)])
+    assert spent_usd(tmp_path / "l", judged) == 0.3
