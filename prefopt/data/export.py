@@ -29,6 +29,7 @@ from prefopt.data.export_formats import (
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.records import read_records, write_bytes
 from prefopt.data.rows import Source
+from prefopt.data.shards import read_manifest, total_counts
 from prefopt.errors import DataError
 from prefopt.types import LeftOut, PreferenceGroup
 
@@ -191,6 +192,11 @@ def _read(data: Source) -> tuple[list[PreferenceGroup], dict[str, int]]:
     if not isinstance(data, str | os.PathLike) or not Path(data).is_dir():
         return load_preferences(data), {}
     folder = Path(data)
+    if read_manifest(folder) is not None:
+        return load_preferences(folder), {}
+    if read_manifest(folder / "preferences") is not None:  # of a job over shards
+        why = read_manifest(folder / "left_out")
+        return load_preferences(folder / "preferences"), {} if why is None else total_counts(why)
     preferences = folder / "preferences.jsonl"
     if not preferences.exists():
         raise DataError(

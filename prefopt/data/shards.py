@@ -139,6 +139,15 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     write_bytes(Path(folder) / MANIFEST, encoded + b"\n")
 
 
+def total_counts(manifest: Manifest) -> dict[str, int]:
+    """What was counted in all shards together."""
+    total: dict[str, int] = {}
+    for shard in manifest.shards:
+        for key, n in shard.counts.items():
+            total[key] = total.get(key, 0) + n
+    return total
+
+
 def kind_of(record_type: type[msgspec.Struct]) -> str:
     """What a manifest calls shards of a type: its schema tag."""
     return str(record_type.__struct_config__.tag)

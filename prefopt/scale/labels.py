@@ -30,6 +30,7 @@ from prefopt.data.shards import (
     read_manifest,
     read_table,
     shard_file,
+    total_counts,
 )
 from prefopt.errors import DataError
 from prefopt.judges import Judge, judge_comparisons, load_judge
@@ -44,7 +45,6 @@ from prefopt.scale.shard_map import (
     Output,
     map_shards,
     opened_engine,
-    total_counts,
 )
 from prefopt.types import (
     Candidate,

@@ -7,6 +7,7 @@ the same bytes. The only module that knows Ray.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,8 @@ class RayEngine:
                 "Ray is not installed: pip install 'prefopt[ray]'. Without it, engine local works on "
                 "one shard after another."
             ) from error
+        # It announces every stage; what it warns of may be that the cluster is too small.
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         self._ray: Any = ray
         self._settings = settings
         self._is_ours = False

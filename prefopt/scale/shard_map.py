@@ -146,15 +146,6 @@ def do_task(opened: Callable[[list[Any]], Mapping[str, Made]], task: ShardTask) 
     return found
 
 
-def total_counts(manifest: Manifest) -> dict[str, int]:
-    """What was counted in all shards together."""
-    total: dict[str, int] = {}
-    for shard in manifest.shards:
-        for key, n in shard.counts.items():
-            total[key] = total.get(key, 0) + n
-    return total
-
-
 Results = Generator[dict[str, Shard], None, None]
 
 

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from prefopt.cli import main
+from prefopt.data.export import export_preferences
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.prompts import load_prompts
 from prefopt.data.records import read_records, write_records
@@ -255,6 +256,13 @@ def test_the_commands_make_a_data_set_of_shards(tiny_model, tmp_path, monkeypatc
     assert main([*sample, *scale, "--model", "other"]) == 1
     assert "give one model" in capsys.readouterr().err
     assert len(read_manifest("labels/preferences").shards) == 3
+    found = [
+        export_preferences(data, "export.jsonl", format="trl")
+        for data in ("labels", "labels/preferences")
+    ]
+    left_out = sum(shard.rows for shard in read_manifest("labels/left_out").shards)
+    assert [export.rows + left_out for export in found] == [5, 5]
+    assert [sum(export.left_out_before.values()) for export in found] == [left_out, 0]
 
 
 def test_an_absent_ray_is_named(config, monkeypatch):

@@ -35,6 +35,7 @@ ON_RAY = ScaleSettings(shard_size=4, engine="ray")
 def cluster(monkeypatch):
     """A machine without CPUs, which the test is on; `add_machine` adds others."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else anything else on the machine comes first
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -76,9 +77,6 @@ def stumble(monkeypatch, tmp_path, by_machine, before=lambda inside: None, after
     real, stumbled = RayEngine.run, []
 
     def run(self, work, tasks):
-        if len(tasks) < 4:  # the canaries are one shard
-            yield from real(self, work, tasks)
-            return
         inside = tmp_path / f"inside-{type(work).__name__}"
         before(inside)
         try:
@@ -106,8 +104,9 @@ def whole_job(folder, model, scale):
         sampling=SamplingSettings(max_new_tokens=6, batch_size=8), progress=False,
     )  # fmt: skip
     config = LabelConfig(
-        candidates=str(folder / "answers"), out=str(folder / "labels"), rule="inferred"
-    )
+        candidates=str(folder / "answers"), out=str(folder / "labels"), rule="inferred",
+        canaries=0,
+    )  # fmt: skip
     labels = label_shards(config, scale=scale, progress=False)
     assert labels.n_comparisons == N_PROMPTS * 3
 
@@ -118,7 +117,7 @@ def compare_with_local(tmp_path, model):
     whole_job(tmp_path / "ray", model, ON_RAY)
     local, ray = files(tmp_path / "local"), files(tmp_path / "ray")
     assert sorted(local) == sorted(ray)
-    assert len([name for name in local if name.endswith(".parquet")]) == 5 * N_PROMPTS // 4 + 2
+    assert len([name for name in local if name.endswith(".parquet")]) == 5 * N_PROMPTS // 4
     assert [name for name in local if local[name] != ray[name]] == []
 
 
