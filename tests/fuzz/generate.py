@@ -128,7 +128,8 @@ _NAMES = st.sampled_from(
 )
 _LEAVES: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), _NAMES,
-    st.sampled_from(["user", "assistant", "first", "tie", "A", "prefopt.prompt/1", "prefopt.candidate/1"]),
+    st.sampled_from(["user", "assistant", "first", "tie", "A", "prefopt.prompt/1"]),
+    st.just("prefopt.candidate/1"),
 )  # fmt: skip
 _TREES = st.recursive(
     _LEAVES,

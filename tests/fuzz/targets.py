@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
 
 TIME_LIMIT_S = 5.0
-"""For one input, on a machine that has other work too."""
+"""Processor time for one input."""
 
 
 def is_fault(target: Target, error: BaseException) -> bool:
@@ -197,7 +197,8 @@ def _retry_after(data: bytes) -> None:
 _ROWS = (
     b'{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}\n',
     b'{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", '
-    b'"content": "b"}], "rejected": [{"role": "assistant", "content": "c"}], "p_chosen": 0.7, "margin": 1}\n',
+    b'"content": "b"}], "rejected": [{"role": "assistant", "content": "c"}], "p_chosen": 0.7, '
+    b'"margin": 1}\n',
     b'{"chosen": "Human: a\\n\\nAssistant: b", "rejected": "Human: a\\n\\nAssistant: c"}\n',
     b'{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": '
     b'"assistant", "content": "a"}]}\n',
