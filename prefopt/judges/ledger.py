@@ -366,10 +366,10 @@ class Ledger:
         key = question.key
         # One by one, what a batch of ours holds is not under way: its results may be long in coming.
         answered, ours, spent, unknown, reserved = self._db.execute(
-            "SELECT EXISTS (SELECT 1 FROM verdicts WHERE key = ?1 AND failure IS NULL), "
-            "(SELECT owner = ?2 AND (batch IS NULL OR ?3) FROM claims WHERE key = ?1), "
+            "SELECT EXISTS (SELECT 1 FROM verdicts WHERE key = :key AND failure IS NULL), "
+            "(SELECT owner = :owner AND (batch IS NULL OR :batched) FROM claims WHERE key = :key), "
             "spent_usd, unknown_usd, reserved_usd FROM money",
-            (key, self.owner, batch is not None),
+            {"key": key, "owner": self.owner, "batched": batch is not None},
         ).fetchone()
         if answered:
             return "answered"
