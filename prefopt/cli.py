@@ -1382,7 +1382,9 @@ def _guarded(work: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Third parties warn about each other's deprecated names at every step; nobody here can act on it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
-    for noisy in ("httpx", "httpx2", "transformers", "datasets", "huggingface_hub", "matplotlib"):
+    for noisy in (
+        "bitsandbytes", "datasets", "httpx", "httpx2", "huggingface_hub", "matplotlib", "transformers",
+    ):  # fmt: skip
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         with _flushed(), _terminable():
