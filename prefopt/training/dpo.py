@@ -241,9 +241,7 @@ def train_dpo(
         lora.continue_from and adapter_fingerprint(lora.continue_from),
     ]
     trainer = _make_trainer(loaded, rows, general, settings, lora, checkpoint_dir, progress)
-    logger.info(
-        "the DPO reference is %s; %d pairs, %d general rows", reference, len(rows), len(general)
-    )
+    logger.info("training on %d pairs, and %d general rows", len(rows), len(general))
 
     from prefopt.training.sharding import n_trained
 
