@@ -33,7 +33,9 @@ class DPOConfig(trl.DPOConfig):
             8,192 on a GPU. The gradient does not depend on it, memory does. Losses that sort
             their batch (`aot`, `aot_unpaired`) take all rows of a step at once.
         group_by_prompt: let rows with the same prompt follow each other, so that the prompt is
-            computed once for all of them; otherwise rows are shuffled one by one.
+            computed once for all of them; otherwise rows are shuffled one by one. Of one prompt at
+            most 8 rows, or a quarter of a step's, follow each other, so that no step is about a single
+            prompt.
         group_pairs: of K answers with scores, train on all pairs or on best against worst.
         soft_labels: what `p_chosen` below 1 does; see `prefopt.losses.LossSettings`.
         adapter_reference: the reference of a model that comes with an adapter: a frozen copy of the

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -502,14 +503,16 @@ class PromptGroupSampler(Sampler[int]):
     Args:
         prompts: for each row something that is equal for equal prompts.
         seed: of the order.
+        most: how many rows of a prompt follow each other; of more, others follow elsewhere. A batch
+            of one prompt would be a step for that prompt alone.
     """
 
-    def __init__(self, prompts: Sequence[Any], seed: int) -> None:
+    def __init__(self, prompts: Sequence[Any], seed: int, most: int = sys.maxsize) -> None:
         groups: dict[Any, list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(prompt, []).append(index)
         self._groups = list(groups.values())
-        self._n, self._seed, self._epoch = len(prompts), seed, 0
+        self._n, self._seed, self._epoch, self._most = len(prompts), seed, 0, most
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of that epoch."""
@@ -519,6 +522,12 @@ class PromptGroupSampler(Sampler[int]):
         return self._n
 
     def __iter__(self) -> Iterator[int]:
-        order = list(self._groups)
-        random.Random(f"{self._seed}/{self._epoch}").shuffle(order)
-        return (index for group in order for index in group)
+        draw = random.Random(f"{self._seed}/{self._epoch}")
+        order: list[list[int]] = []
+        for group in self._groups:
+            rows = group
+            if len(group) > self._most:
+                rows = draw.sample(group, len(group))
+            order += [rows[i : i + self._most] for i in range(0, len(rows), self._most)]
+        draw.shuffle(order)
+        return (index for part in order for index in part)

@@ -47,6 +47,9 @@ from prefopt.training.tree_model import (
 from prefopt.training.whole_checkpoints import WholeCheckpoints
 from prefopt.trees import default_micro_batch_tokens
 
+# So many rows of a prompt may follow each other in any case; of more, a quarter of a step at most.
+_FEW_OF_A_PROMPT = 8
+
 
 @dataclass(frozen=True)
 class PlannedBatch:
@@ -222,7 +225,9 @@ class TreeTrainer(WholeCheckpoints):
         prompts: Sequence[Any] = range(len(dataset))
         if self.args.group_by_prompt:
             prompts = [tuple(ids) for ids in dataset["prompt_ids"]]
-        return PromptGroupSampler(prompts, seed)
+        batch = self._train_batch_size * self.args.gradient_accumulation_steps
+        limit = max(_FEW_OF_A_PROMPT, batch * self.args.world_size // 4)
+        return PromptGroupSampler(prompts, seed, limit)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

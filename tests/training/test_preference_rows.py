@@ -488,6 +488,23 @@ def test_rows_of_one_prompt_follow_each_other_in_an_order_that_seed_and_epoch_fi
     assert len(sampler) == len(PROMPTS)
 
 
+def test_of_a_prompt_with_many_rows_some_follow_elsewhere():
+    prompts = ["a"] * 40 + ["b"] * 40 + ["c"] * 2
+    orders = []
+    for seed in range(20):
+        sampler = PromptGroupSampler(prompts, seed, most=10)
+        order = list(sampler)
+        assert sorted(order) == list(range(82))
+        assert list(sampler) == order
+        at = order.index(80)
+        assert order[at + 1] == 81  # few rows stay together, in their order
+        orders.append(order)
+    # Twenty rows hold both prompts more often than not, and other rows each time.
+    mixed = [len({prompts[i] for i in order[:20]}) > 1 for order in orders]
+    assert sum(mixed) > 10
+    assert len({tuple(sorted(order[:10])) for order in orders}) == 20
+
+
 def test_without_shared_prompts_every_order_can_come():
     counts = Counter()
     for seed in range(300):
