@@ -280,10 +280,10 @@ from pathlib import Path
 from prefopt.scale import labels, settings
 from prefopt.label_job import LabelConfig
 from tests.scale.stumbling_work import StumblingWork
-real = labels._judged
-def stumbling(source, work, *rest):
-    return real(source, StumblingWork(work, Path({str(inside)!r}), False), *rest)
-labels._judged = stumbling
+real = labels.map_shards
+def stumbling(source, outputs, work, **more):
+    return real(source, outputs, StumblingWork(work, Path({str(inside)!r}), False), **more)
+labels.map_shards = stumbling
 labels.label_shards(LabelConfig(candidates={config.candidates!r}, out={config.out!r},
     judge="scripted:shortest"), scale=settings.ScaleSettings(shard_size=3), progress=False)
 """
