@@ -30,11 +30,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_words(error: BaseException) -> str:
-    """What the error says, without the name of a file of some library's source and its advice."""
-    said = str(error).split("]", 1)[-1] if str(error).startswith("[enforce fail") else str(error)
-    lines = said.strip(" .").splitlines()
-    first = lines[0].split(" Buy new RAM")[0] if lines else type(error).__name__
-    return first.removeprefix("DefaultCPUAllocator: ").strip()[:160]
+    """What the error says, without the line of some library's source that said it and its advice."""
+    said = str(error).split("DefaultCPUAllocator: ")[-1]
+    lines = said.split(" Buy new RAM")[0].strip(" .").splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]
 
 
 _MEMORY_SETTINGS: dict[str, Any] = {"micro_batch_tokens": None, "gradient_checkpointing": False}

@@ -35,6 +35,7 @@ def test_every_librarys_words_for_it_are_known(error):
     assert is_out_of_memory(error)
     assert len(memory_words(error)) <= 160
     assert memory_words(error)
+    assert "enforce" not in memory_words(error)
 
 
 def test_other_errors_are_none():
