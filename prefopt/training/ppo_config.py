@@ -87,7 +87,7 @@ class PPOConfig(transformers.TrainingArguments):
         cliprange_value: how far a value may move on a rollout batch: 0.2 (OAI, N+, TRL). It is in
             units of the score, so raise it where scores are much larger than 1; None clips nothing.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
-            16,384 on a GPU.
+            8,192 on a GPU.
         replay_share: the share of general rows among all rows of an optimiser step (its answers and
             these), in (0, 1), where the trainer is given a `replay_dataset`; the nearest whole number
             of rows, and at least one.
@@ -162,7 +162,7 @@ class PPOConfig(transformers.TrainingArguments):
     )
     micro_batch_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens through the model at once. None: 512 on CPU, 16384 on GPU."},
+        metadata={"help": "Tokens through the model at once. None: 512 on CPU, 8192 on GPU."},
     )
     replay_share: float = field(
         default=0.1, metadata={"help": "Share of general rows in a step, with a replay_dataset."}

@@ -37,7 +37,7 @@ class PPOSettings:
         replay_weight: of their mean negative log-likelihood a token beside the policy's loss; 0 is no
             replay.
         micro_batch_tokens: tokens that go through the model at once; None takes 512 on a CPU and
-            16,384 on a GPU. It decides about memory and never about the result.
+            8,192 on a GPU. It decides about memory and never about the result.
         gradient_checkpointing: recompute activations in the backward pass; less memory, slower.
         evaluate_every: rollout batches between answers to held-out prompts; None takes a tenth of
             the run.

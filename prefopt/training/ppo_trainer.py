@@ -95,11 +95,16 @@ from prefopt.training.tree_model import (
 )
 from prefopt.training.tree_trainer import Averages
 from prefopt.training.whole_checkpoints import WholeCheckpoints
-from prefopt.trees import AnswerTree, PaddedAnswers, TreeBatch, split_by_tokens
+from prefopt.trees import (
+    AnswerTree,
+    PaddedAnswers,
+    TreeBatch,
+    default_micro_batch_tokens,
+    split_by_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
-_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 _STATE_FILE = "ppo_state.json"
 ROLLOUTS_FILE = "rollouts.jsonl"
 # How far a ratio may be from 1 before the first step: rounding, by the precision of the forward pass.
@@ -485,7 +490,7 @@ class PPOTrainer(WholeCheckpoints):
 
     @property
     def _budget(self) -> int:
-        default = _MICRO_BATCH_TOKENS.get(self.args.device.type, _MICRO_BATCH_TOKENS["cuda"])
+        default = default_micro_batch_tokens(self.args.device.type)
         return int(self.args.micro_batch_tokens or default)
 
     # --- The loop's batches ----------------------------------------------------------------------
