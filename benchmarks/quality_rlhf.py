@@ -114,7 +114,7 @@ def run_dpo(world: World, rows: list[dict[str, Any]], policy: Any = None, **more
             "per_device_train_batch_size": BATCH,
             "warmup_steps": 20,
             "micro_batch_tokens": AT_ONCE,
-            "group_by_prompt": False,  # with four prompts a batch would hold one of them only
+            "group_by_prompt": False,  # four prompts of one token: there is nothing to share
         }
         trainer = DPOTrainer(
             copy.deepcopy(policy or world.reference),
