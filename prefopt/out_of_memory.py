@@ -14,6 +14,8 @@ _WORDS = (
     "cannot allocate memory",  # the system
     "not enough memory",
     "alloc_failed",  # cuBLAS, cuDNN
+    "could not create a primitive",  # oneDNN, torch's products on a CPU
+    "could not create a memory object",
     "can't start new thread",
     "bad_alloc",
 )

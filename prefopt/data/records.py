@@ -143,7 +143,7 @@ def disk_trouble(error: BaseException) -> OSError | None:
         if os.strerror(number) in said:
             return OSError(number, os.strerror(number))
     if any(words in said for words in _TORCH_SAYS):
-        return OSError(f"the disk is full or broken ({said.splitlines()[0][:120]})")
+        return OSError(f"the disk is full, read-only or broken ({said.splitlines()[0][:120]})")
     return None
 
 

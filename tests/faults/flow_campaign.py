@@ -505,8 +505,8 @@ class Campaign:
         }.get(kind, ())
         if "judgement ledger" in last and kind in ("disk full", "I/O error", "read-only"):
             wanted = (str(out), "space", "writable")  # SQLite does not say which it was
-        if "the disk is full or broken" in last and kind in ("disk full", "I/O error"):
-            wanted = (str(out), "free space")  # nor does torch
+        if "the disk is full, read-only or broken" in last and wanted:
+            wanted = (str(out), "free space", "writable")  # nor does torch
         missing = [word for word in wanted if word not in last]
         if missing:
             raise Broken(f"{out}: {kind} {fault} does not tell {missing}: {said[-3000:]}")

@@ -190,6 +190,9 @@ def test_what_the_manifest_vouches_for_is_on_the_disk_by_then(world):
         if call in ("write", "truncate") or (call == "fsync" and path in last):
             last[path] = call
         if call == "rename":
+            # Some libraries write under a passing name of their own; its file is now this one.
+            for passing in [p for p in last if p.startswith(f"{os.path.dirname(path)}/.tmp")]:
+                last[path] = last.pop(passing)
             whole = path.removesuffix("/sha256.json")
             folder, name = path.rsplit("/", 1)
             parts = (f"{whole}/", f"{whole}.tmp/", f"{folder}/.{name}.")
@@ -198,7 +201,7 @@ def test_what_the_manifest_vouches_for_is_on_the_disk_by_then(world):
             names += 1
     assert names > 30
     assert any("checkpoint-" in p for p in last)
-    assert any(p.startswith("/adapter.tmp/adapter_model") for p in last)
+    assert last["/adapter.tmp/adapter_model.safetensors"] == "fsync"
 
 
 def test_the_campaign_notices_what_it_is_there_to_notice(world):

@@ -28,6 +28,7 @@ TORCH_SAYS = (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         RuntimeError(TORCH_SAYS),
         OSError(12, "Cannot allocate memory"),
+        RuntimeError("could not create a primitive"),
         RuntimeError("can't start new thread"),
     ],
 )
