@@ -5,11 +5,11 @@
 
 Two made-up answers of some 40 words to each of so many prompts lie in a JSONL file. A process of its
 own, started anew for each size, does all that `prefopt judge label --scale.shard_size 1000` does: cuts
-the file into shards, pairs, judges in both orders, fits the judge, makes labels by rule "inferred", and
-writes Parquet. The judge is `scripted:shortest`, which takes next to no time, so that what is measured
-is the rest. Memory is the peak that the kernel notes for that program (VmHWM of /proc/self/status, which
-begins at zero with it); time is what the processor spent on it, since other programs may run beside,
-and the clock's.
+the file into shards, pairs, judges in both orders, fits the judge, makes labels by rule "inferred",
+and writes Parquet. The judge is `scripted:shortest`, which takes next to no time, so that what is
+measured is the rest. Memory is the peak that the kernel notes for that program (VmHWM of
+/proc/self/status, which begins at zero with it); time is what the processor spent on it, since other
+programs may run beside, and the clock's.
 
 Writes benchmarks/results/scale_data.{json,md}.
 """
@@ -159,8 +159,8 @@ def main() -> None:
         "# Labelling over shards\n\n"
         f"{table(rows)}\n\n"
         f"Printed by `python benchmarks/scale_data.py` on {os.cpu_count()} CPUs, used by others too "
-        f"(load average {load:.1f} before), {asked.shard_size:,} prompts a shard, two answers a prompt, "
-        "both orders, judge `scripted:shortest`, labels by rule `inferred`.\n"
+        f"(load average {load:.1f} before), {asked.shard_size:,} prompts a shard, two answers a "
+        "prompt, both orders, judge `scripted:shortest`, labels by rule `inferred`.\n"
     )
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "scale_data.json").write_text(json.dumps(result, indent=1) + "\n")
