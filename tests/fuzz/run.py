@@ -144,11 +144,19 @@ def by_hypothesis(name: str, n: int, outcome: Outcome) -> None:
 
 def by_atheris(name: str, n: int, seed: int, outcome: Outcome) -> None:
     """In a process of its own: libFuzzer ends the one it runs in."""
-    with tempfile.TemporaryDirectory() as folder:
+    from tests.fuzz.targets import FOLDER
+
+    place = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "tests.fuzz.run", "--atheris", name, str(n), str(seed)]
         done = subprocess.run(
-            [*command, str(result)], capture_output=True, text=True, errors="replace", check=False
+            [*command, str(result)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env={**os.environ, FOLDER: folder},
         )
         if result.is_file():
             outcome.add(json.loads(result.read_text()))

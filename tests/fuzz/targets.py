@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -38,6 +39,9 @@ class Target(NamedTuple):
     weight: float = 1.0
 
 
+FOLDER = "PREFOPT_FUZZ_FOLDER"
+"""Where a process that cannot clean up after itself shall write; in the environment."""
+
 TIME_LIMIT_S = 5.0
 """Processor time for one input."""
 
@@ -51,7 +55,7 @@ def is_fault(target: Target, error: BaseException) -> bool:
 
 @functools.cache
 def _folder() -> Path:
-    place = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    place = os.environ.get(FOLDER) or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
     return Path(tempfile.mkdtemp(prefix="prefopt-fuzz-", dir=place))
 
 
