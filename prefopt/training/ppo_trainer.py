@@ -44,7 +44,7 @@ from prefopt.advantages import (
     whiten,
 )
 from prefopt.chat import end_token_ids
-from prefopt.errors import TrainingError
+from prefopt.errors import DataError, TrainingError
 from prefopt.launched import shards
 from prefopt.logprobs import by_answer, sum_by_answer
 from prefopt.ppo_losses import (
@@ -84,6 +84,7 @@ from prefopt.training.sharding import (
     pass_of_step,
     unsharded,
 )
+from prefopt.training.token_rows import TokenRow
 from prefopt.training.tree_model import (
     answer_states,
     base_model,
@@ -465,6 +466,9 @@ class PPOTrainer(WholeCheckpoints):
         """The general rows of each step."""
         if source is None or args.replay_weight == 0:
             return None
+        tokenized = isinstance(source, list) and all(isinstance(row, TokenRow) for row in source)
+        if self._tokenizer is None and not tokenized:
+            raise DataError("general data as texts needs a tokenizer as processing_class.")
         prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         answers = prompts * args.num_generations / args.num_mini_batches
         per_step = rows_per_step(args.replay_share, answers)

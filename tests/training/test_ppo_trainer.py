@@ -155,6 +155,11 @@ def test_general_rows_add_their_nll(tmp_path, split):
     assert_same(weights(with_rows)[n:], weights(plain)[n:])
 
 
+def test_general_texts_without_a_tokenizer_are_refused(tmp_path):
+    with pytest.raises(DataError, match="general data as texts needs a tokenizer"):
+        make_trainer(tmp_path, replay=[{"text": "Once upon a time"}])
+
+
 def test_general_rows_without_weight_are_not_read(tmp_path):
     trainer = make_trainer(tmp_path, replay=["no rows at all"], replay_weight=0.0)
     assert trainer._replay is None
