@@ -323,6 +323,11 @@ def _clock(rng: random.Random) -> dict[str, Any]:
     return {"clock": {"nth": rng.randint(1, 400), "jump_s": jump_s}, **call_fault("kill")(rng)}
 
 
+def _hostile(rng: random.Random) -> dict[str, Any]:
+    # Late enough for the first answers to have come.
+    return {"hostile": True, "call": {"nth": int(2 ** rng.uniform(7, 9.5)), "effect": "kill"}}
+
+
 def _not_a_number(rng: random.Random) -> dict[str, Any]:
     return {"not_a_number": {"step": rng.randint(1, 6), "what": rng.choice(["loss", "gradient"])}}
 
@@ -339,7 +344,7 @@ FAULTS: dict[str, tuple[float, Callable[[random.Random], dict[str, Any]]]] = {
     "I/O error": (12, call_fault("input_output")),
     "read-only": (8, call_fault("read_only")),
     "clock jumps, then SIGKILL": (6, _clock),
-    "API fails, then SIGKILL": (4, lambda rng: {"hostile": True, **call_fault("kill")(rng)}),
+    "API fails, then SIGKILL": (4, _hostile),
     "NaN in loss or gradient": (3, _not_a_number),
     "out of memory": (4, lambda rng: {"room_bytes": int(2 ** rng.uniform(16, 23))}),
     "two processes": (3, lambda rng: {"second": True}),
