@@ -280,11 +280,14 @@ class _Planner:
             yield _exchanged(config, facts, trained, width)
         if config.method == "ppo":
             sampling = self._sampling(config, width)
+            remark = "keys and values of the answers that are generated at once"
+            if shards_weights > 1:
+                sampling += base
+                remark = f"the whole model, gathered for it, and {remark}"
             if sampling > moving:
                 yield MemoryPart(
-                    name="sampling beyond that", n_bytes=sampling - moving,
-                    remark="keys and values of the answers that are generated at once",
-                )  # fmt: skip
+                    name="sampling beyond that", n_bytes=sampling - moving, remark=remark
+                )
                 moving = sampling
         yield MemoryPart(
             name="allocator",
@@ -598,7 +601,7 @@ def _milder(config: PlanConfig, devices: Devices) -> Iterator[tuple[str, PlanCon
     if devices.is_gpu and not config.activation_offloading:
         changed = replace(config, activation_offloading=True)
         yield "activation_offloading=true", changed, "activations travel to the host and back"
-    if devices.count > 1 and config.strategy == "ddp" and config.method != "ppo":
+    if devices.count > 1 and config.strategy == "ddp":
         yield "strategy=fsdp2", replace(config, strategy="fsdp2"), "weights shared among GPUs"
 
 

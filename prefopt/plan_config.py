@@ -106,8 +106,6 @@ class PlanConfig:
         quantized = self.lora.quantization != "none"
         if self.tune == "full" and quantized:
             problems.append("4-bit weights cannot be trained; lora.quantization needs tune=lora")
-        if self.method == "ppo" and self.strategy != "ddp":
-            problems.append("ppo shards nothing; its strategy is ddp")
         if self.method == "sft" and self.answers not in (None, 1):
             problems.append(f"sft has one answer a prompt, got answers={self.answers}")
         try:

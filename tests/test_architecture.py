@@ -30,7 +30,8 @@ TEXT_SIDE = {
     "evaluation.capability_tasks",
     "evaluation.advice", "evaluation.tuning_advice", "training.health",
     "training.reward_report", "training.ppo_health", "sampling.best_of_n",
-    "scale", "sampling.settings", "sampling.partial", "sampling.sampler", "sampling.api_sampler", "hosted",
+    "scale", "sampling.settings", "sampling.partial", "sampling.sampler", "sampling.api_sampler",
+    "hosted",
     "serving.adapter_check", "serving.model_card", "serving.hub_push",
 }  # fmt: skip
 MATH_SIDE = {
@@ -79,8 +80,8 @@ def test_dependencies_point_one_way(path):
              "labelling": 1, "judging_plan": 1, "preferences": 1,
              "runs": 2, "models": 2, "hosted": 2,
              "judges": 3, "sampling": 3, "training": 3, "testing": 3,
-             "evaluation": 4, "label_job": 4, "scale": 4, "flow_stages": 4, "flow": 5, "online_flow": 6,
-             "serving": 5,
+             "evaluation": 4, "label_job": 4, "scale": 4, "flow_stages": 4, "flow": 5,
+             "online_flow": 6, "serving": 5,
              "classic_flow": 5, "forgetting_flow": 5, "cli": 7, "__main__": 8}  # fmt: skip
     ranks |= {
         "config_file": 1,

@@ -118,6 +118,15 @@ def test_four_bits_are_counted_for_linear_layers_only():
     assert quantised > embeddings + 0.5625 * layers
 
 
+def test_ppo_in_shares_gathers_the_whole_model_to_sample_from_it():
+    shape = ModelShape("50M", layers=1, hidden_size=2048, heads=8, kv_heads=2, vocab_size=100)
+    config = replace(SMALL, shape=shape, method="ppo", gpus="2xH100-80GB", batch_size=2)
+    whole, shared = (parts(plan_training(replace(config, strategy=s))) for s in ("zero2", "fsdp2"))
+    gained = shared["sampling beyond that"] - whole.get("sampling beyond that", 0)
+    assert shared["weights"] == whole["weights"] / 2
+    assert 0 < gained <= whole["weights"]
+
+
 def test_other_optimisers_hold_less():
     def states(name):
         return parts(plan_training(replace(SMALL, optimizer=name)))["optimiser"]
@@ -192,8 +201,6 @@ def test_all_faults_are_said_at_once():
         PlanConfig(
             rows=0, epochs=-1, tune="full", lora=LoRASettings(quantization="nf4"), gpus="TPU"
         )
-    with pytest.raises(ValueError, match="ppo shards nothing"):
-        PlanConfig(method="ppo", strategy="fsdp2", gpus="2xH100")
     with pytest.raises(ValueError, match="and H100 is one"):
         PlanConfig(strategy="zero3", gpus="H100")
     with pytest.raises(ValueError, match="one answer a prompt"):

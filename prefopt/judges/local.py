@@ -121,7 +121,7 @@ def _special_texts(tokenizer: Any) -> list[str]:
 
 
 def _as_text(text: str, special: Sequence[str]) -> str:
-    """The text with special tokens broken in two: an answer could end its turn and begin the judge's."""
+    """The text with special tokens broken in two: an answer could end its turn and begin another."""
     for token in special:
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text

@@ -21,7 +21,13 @@ import msgspec
 from prefopt.chat import tokenize_prompt
 from prefopt.errors import DataError
 from prefopt.judges import Judge
-from prefopt.launched import is_first_process, refuse_processes, rows_of_each, shards
+from prefopt.launched import (
+    is_first_process,
+    refuse_processes,
+    rows_of_each,
+    shards,
+    trains_in_bfloat16,
+)
 from prefopt.models import (
     Device,
     DType,
@@ -276,7 +282,7 @@ def _make_trainer(
         save_total_limit=2,
         logging_steps=per_rollout,
         seed=settings.seed,
-        bf16=False,
+        bf16=trains_in_bfloat16(loaded.model),
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
