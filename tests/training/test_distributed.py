@@ -88,6 +88,7 @@ def assert_one_training(folder, method, tune, recipe):
     assert_saved_once(folder, tune)
 
 
+@pytest.mark.slow
 def test_dpo_in_shares_is_dpo(tmp_path):
     """An adapter in FSDP2: AdamW, clipped gradients, unlike micro-batches, a last batch of two."""
     cases = all_ways(tmp_path, "dpo", "lora", "fsdp2")

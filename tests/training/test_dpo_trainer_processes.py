@@ -32,6 +32,7 @@ def assert_same_training(folder, settings):
             assert same or name == "epoch", name  # which counts batches
 
 
+@pytest.mark.slow
 def test_general_rows_are_shared_out_over_two_processes(tmp_path):
     """Three rows a step, which two processes cannot share evenly; and one, which only one has."""
     rows = [f"The sky over {i} towns is blue{' and green' * i}." for i in range(5)]

@@ -73,6 +73,7 @@ def assert_saved_once(folder, tune):
         assert (one / file).read_bytes() == (two / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     run_cases(
         MODULE,
