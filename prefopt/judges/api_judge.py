@@ -19,6 +19,7 @@ import queue
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import (
     Awaitable,
     Callable,
@@ -281,6 +282,8 @@ class ApiJudge(Judge):
         self.check_ready()
         if self._own_book is None:
             self._own_book = Ledger(None)
+            # It counts for as long as this judge may be asked again, and nobody closes a judge.
+            weakref.finalize(self, self._own_book.close)
         book = self._own_book
         # Nothing is looked up here, so that every key is a new one.
         index_of = {f"{next(self._serial)}": index for index in range(len(comparisons))}
