@@ -1,6 +1,7 @@
 """The paid judge against a strict offline fake: every answer, fault and dollar accounted for."""
 
 import asyncio
+import gc
 import json
 import logging
 import random
@@ -926,6 +927,24 @@ def test_the_worst_case_holds_for_texts_of_many_tokens():
     with pytest.raises(BudgetExceeded):
         list(fake_judge(fake, prices=dear_cache, max_usd=just_too_little).verdicts(numbered(1)))
     assert len(fake.requests) == 1
+
+
+def test_a_judge_that_is_gone_has_closed_what_it_counted_in(monkeypatch):
+    closed = []
+
+    class Noted(Ledger):
+        def close(self):
+            closed.append(self.path)
+            super().close()
+
+    monkeypatch.setattr("prefopt.judges.api_judge.Ledger", Noted)
+    judge = fake_judge(FakeAnthropic(prefer_good))
+    in_order(judge, numbered(1))
+    in_order(judge, numbered(1))
+    assert closed == []
+    del judge
+    gc.collect()
+    assert closed == [None]
 
 
 # --- With the ledger --------------------------------------------------------------------------
