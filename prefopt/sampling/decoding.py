@@ -4,7 +4,8 @@ Each prompt is read once for its K answers; answers that have ended leave the ba
 answers of the next prompt take their places, longest prompts first. Keys and values lie in slots that
 are written in place, each answer's own from the left, so nothing is padded, copied or repeated from
 step to step. A model that this would not be the same for (attention windows, recurrent states, several
-dimensions of position) is run by transformers' own `generate`, a padded batch at a time.
+dimensions of position) is run by transformers' own `generate`, a padded batch at a time, and one with
+PEFT's virtual tokens before each row without keeping anything from step to step.
 
 An answer's tokens depend on the model, its prompt and its own key only: which others were generated
 beside it does not matter, but for the rounding of the products. PPO's rollouts and `sample_candidates`
@@ -22,12 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from prefopt.matrix_product import matrix_product
 from prefopt.sampling.draws import draw_tokens
 from prefopt.sampling.slots import Slots, fitting_slots
 from prefopt.training.fused_model import FusedPlan, fused_layers, plan_fused_layers
-from prefopt.training.tree_model import base_model
+from prefopt.training.tree_model import base_model, has_virtual_tokens
 from prefopt.types import content_hash
 
 Ids = tuple[int, ...]
@@ -164,7 +166,12 @@ class Decoder:
         found: list[list[SampledIds | None]] = [[None] * len(p.keys) for p in prompts]
         with _ready_to_generate(self.model), self._autocast():
             slots = fitting_slots(self.model)
-            rows = self._by_generate(prompts) if slots is None else self._in_slots(prompts, slots)
+            if slots is not None:
+                rows = self._in_slots(prompts, slots)
+            elif has_virtual_tokens(self.model):
+                rows = self._from_the_start(prompts)
+            else:
+                rows = self._by_generate(prompts)
             for row, ended in rows:
                 found[row.prompt][row.answer] = SampledIds(tuple(row.ids), ended)
                 told(1)
@@ -234,16 +241,7 @@ class Decoder:
         from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
         said, device = self.settings, next(self.model.parameters()).device
-        virtual = getattr(
-            getattr(self.model, "active_peft_config", None), "is_prompt_learning", False
-        )
-        model = self.model if virtual else base_model(self.model)
-        n_rows = said.rows(max(len(p.ids) for p in prompts))
-        every = [
-            _Row(i, answer, key)
-            for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-            for answer, key in enumerate(prompts[i].keys)
-        ]
+        model = base_model(self.model)
         stops = frozenset(said.stop_token_ids)
 
         class Draws(LogitsProcessor):
@@ -253,8 +251,7 @@ class Decoder:
                 drawn = said.draw(scores, _uniforms(rows, said))
                 return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
-        for start in range(0, len(every), n_rows):
-            rows = every[start : start + n_rows]
+        for rows in self._batches(prompts):
             asked = [prompts[row.prompt].ids for row in rows]
             width = max(map(len, asked))
             ids = torch.full((len(rows), width), said.pad_token_id)
@@ -277,6 +274,48 @@ class Decoder:
                 end = next((i for i, token in enumerate(new) if token in stops), None)
                 row.ids = new if end is None else new[: end + 1]
                 yield row, end is not None
+
+    def _from_the_start(self, prompts: Sequence[TokenPrompt]) -> Iterator[tuple[_Row, bool]]:
+        """The same where PEFT puts virtual tokens before each row: whole rows for every token.
+
+        PEFT's `generate` leaves them out with transformers 5.24, and this is what is trained: rows
+        that begin right behind the virtual tokens, padded at their ends.
+        """
+        said, device = self.settings, next(self.model.parameters()).device
+        stops = frozenset(said.stop_token_ids)
+        for rows in self._batches(prompts):
+            while rows:
+                texts = [torch.tensor([*prompts[row.prompt].ids, *row.ids]) for row in rows]
+                ids = pad_sequence(texts, batch_first=True, padding_value=said.pad_token_id)
+                lengths = torch.tensor([len(text) for text in texts])
+                width = ids.shape[1]
+                mask = (torch.arange(width) < lengths[:, None]).long()
+                with torch.no_grad():
+                    logits: Tensor = self.model(
+                        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+                    ).logits
+                # Prompt tuning gives logits of its virtual tokens too.
+                last = logits[:, -width:][torch.arange(len(rows)), lengths - 1]  # (B, V)
+                tokens = said.draw(last, _uniforms(rows, said)).tolist()
+                on = []
+                for row, token in zip(rows, tokens, strict=True):
+                    row.ids.append(token)
+                    if token in stops or len(row.ids) == said.max_new_tokens:
+                        yield row, token in stops
+                    else:
+                        on.append(row)
+                rows = on
+
+    def _batches(self, prompts: Sequence[TokenPrompt]) -> Iterator[list[_Row]]:
+        """Rows for all answers, as many at once as fit, those of the shortest prompts first."""
+        n_rows = self.settings.rows(max(len(p.ids) for p in prompts))
+        every = [
+            _Row(i, answer, key)
+            for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+            for answer, key in enumerate(prompts[i].keys)
+        ]
+        for start in range(0, len(every), n_rows):
+            yield every[start : start + n_rows]
 
 
 def _uniforms(rows: Sequence[_Row], said: DecodingSettings) -> Tensor:

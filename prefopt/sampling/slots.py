@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from prefopt.training.tree_model import base_model
+from prefopt.training.tree_model import base_model, cache_name, has_virtual_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Slots:
         cache = DynamicCache(config=self.model.config)
         # Without a mask: no token sees what is to the right of it.
         reader = self.model.base_model
-        reader(input_ids=ids.to(self.device), use_cache=True, **_cache_argument(reader, cache))
+        reader(input_ids=ids.to(self.device), use_cache=True, **{cache_name(reader): cache})
         return cache
 
     def enter(self, cache: Any, lengths: Sequence[int], copies: Sequence[int]) -> None:
@@ -85,7 +85,7 @@ class Slots:
             position_ids=self.at[:, None],
             attention_mask=mask,
             use_cache=True,
-            **_cache_argument(self.model, self._cache),
+            **{cache_name(self.model): self._cache},
         )
         self.lengths = [n + 1 for n in self.lengths]
         self.at = self.at + 1
@@ -109,12 +109,6 @@ class Slots:
         self.lengths = [self.lengths[i] for i in stay]
         self.at = self.at[stay]
         return stay
-
-
-def _cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """The cache under the name by which a model takes it, which transformers 5.24 has changed."""
-    names = inspect.signature(type(model).forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 class _SlotLayer(DynamicLayer):
@@ -194,7 +188,7 @@ def fitting_slots(model: Any) -> Slots | None:
 
 def _why_not(model: Any, base: Any) -> str:
     name = type(base).__name__
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if has_virtual_tokens(model):
         return "prompt tuning puts virtual tokens before each row"
     if getattr(base, "_is_stateful", False):
         return f"{name} carries a state from token to token"

@@ -132,6 +132,9 @@ def add_answer_scoring(model: Any) -> None:
     def forward(self: Any, *args: Any, answers: Any = None, **kwargs: Any) -> Any:
         # A deep copy of the model must run its own forward, not that of the model it was copied from.
         call = original if function is None else types.MethodType(function, self)
+        # PEFT's prefix tuning knows the old name only.
+        if kwargs.get("past_key_values") is not None:
+            kwargs[cache_name(self)] = kwargs.pop("past_key_values")
         if answers is None:
             return call(*args, **kwargs)
         return _score(self, call, answers, *args, **kwargs)
@@ -384,6 +387,18 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if is_wrapped(model) else model
 
 
+def has_virtual_tokens(model: Any) -> bool:
+    """Whether a PEFT wrapper puts learnt tokens before each row, or their keys and values."""
+    config = getattr(model, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def cache_name(model: Any) -> str:
+    """The argument that is a model's keys and values, whose name transformers 5.24 has changed."""
+    names = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 def _attention(
     module: Any,
     query: Tensor,
@@ -559,8 +574,7 @@ def n_parameters(base: Any) -> int:
 def _no_trees(model: Any, base: Any) -> str:
     """Why a model's architecture rules trees out, or nothing."""
     name = type(base).__name__
-    peft = getattr(model, "active_peft_config", None)
-    if getattr(peft, "is_prompt_learning", False):
+    if has_virtual_tokens(model):
         return "prompt tuning puts virtual tokens before each row"
     if getattr(base, "_is_stateful", False):
         return f"{name} carries a state from token to token"

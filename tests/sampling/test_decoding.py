@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import (
     AutoModelForCausalLM,
@@ -212,6 +212,26 @@ def test_adapters_count_and_the_model_is_left_as_it_was():
     assert not any("forward" in vars(m) for m in model.modules())
     with model.disable_adapter():
         assert decoder(model, temperature=0).answers(asked(PROMPTS, k=1)) == plain
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_virtual_tokens_count_at_every_step(kind):
+    plain = decoder(small(), temperature=0).answers(asked(PROMPTS, k=1))
+    model = get_peft_model(small(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prompt_encoder" in name:
+                parameter.normal_(std=3.0)
+    found = decoder(model, temperature=0).answers(asked(PROMPTS, k=1))
+    assert found != plain
+    model.eval()
+    for prompt, (answer,) in zip(PROMPTS, found, strict=True):
+        ids = torch.tensor([[*prompt, *answer.ids]])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        likeliest = logits[0, -len(answer.ids) - 1 : -1].argmax(-1).tolist()
+        assert list(answer.ids) == likeliest
+        assert answer.ended == (likeliest[-1] == END)
+        assert answer.ended or len(likeliest) == 8
 
 
 def test_under_autocast_too_answers_are_made_in_slots():
