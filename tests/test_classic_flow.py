@@ -141,6 +141,7 @@ def test_running_again_makes_nothing_again(finished, tiny_model, prompt_file, mo
     assert hashes(out) == before
 
 
+@pytest.mark.slow
 def test_stopped_inside_every_training_it_ends_with_the_same_bytes(
     finished, tiny_model, prompt_file, tmp_path, monkeypatch
 ):
@@ -202,6 +203,7 @@ def test_kills_at_random_moments_change_nothing(finished, tiny_model, prompt_fil
     assert hashes(folder) == hashes(out)
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_refused_until_redo_is_asked_for(
     finished, tiny_model, prompt_file, tmp_path
 ):
@@ -222,6 +224,7 @@ def test_a_changed_setting_is_refused_until_redo_is_asked_for(
     assert not again & {*LABELS, "sft/model.safetensors", "reward/heads.safetensors"}
 
 
+@pytest.mark.slow
 def test_preferences_of_ones_own_are_learned_without_asking_a_judge(
     finished, tiny_model, prompt_file, tmp_path
 ):

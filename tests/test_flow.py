@@ -258,6 +258,7 @@ def test_the_same_flow_with_claude_as_judge_pays_once(
             assert b"sk-secret-key" not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_capabilities_are_checked_first_and_change_the_report_alone(
     finished, tiny_model, prompt_file, tmp_path
 ):

@@ -197,6 +197,7 @@ def test_settings_that_cannot_be_are_refused():
         next_questions(MODEL, [more])
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys):
     quality_labels.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out

@@ -115,6 +115,7 @@ def test_three_judges_and_their_reliabilities_are_told_apart():
         assert abs(found.reliability - 2 / (2 + error**2)) < 0.12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeated", [0.0, 0.7, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_judge_that_contradicts_itself_around_a_ring_shows_its_repeated_errors(repeated):
     """One judge, three answers a prompt: each pair has an error of its own, in both orders."""

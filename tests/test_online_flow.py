@@ -115,6 +115,7 @@ def test_a_finished_run_does_nothing_again(finished):
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("round*")}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_between_rounds_goes_on(finished, tiny_model, prompt_file, tmp_path):
     """The same files, and nothing asked twice: round 2's judging fails once."""
     asked, out, report = finished
@@ -225,6 +226,7 @@ def test_which_round_is_the_result():
     assert best_round([ended(1, "no gain over the round before: 40%")]) == 1
 
 
+@pytest.mark.slow
 def test_tasks_to_be_kept_are_measured_or_refused_before_work(tiny_model, prompt_file, tmp_path):
     asked = config(
         tmp_path / "run", tiny_model, prompt_file, rounds=1, capabilities="prefopt_plain_text"

@@ -60,6 +60,7 @@ def test_the_largest_micro_batch_that_is_said_to_fit_does(small):
     assert small.largest_micro_batch_tokens is None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_what_would_help():
     shape = replace(SHAPE, layers=3)
     asked = replace(SMALL, shape=shape, gpus="1GB", batch_size=100, tune="full", suggest=True)

@@ -92,6 +92,7 @@ def test_weights_gradients_and_adapters_by_hand():
     assert found["adapter"] == found["gradients"] == 4 * adapter
 
 
+@pytest.mark.slow
 def test_more_layers_are_what_three_and_five_promise(monkeypatch):
     config = with_layers(LlamaConfig(**{**SHAPE, "num_hidden_layers": 7}), 7)
     for how in (StepSettings(lora=LORA), StepSettings(accumulates=False)):
@@ -115,6 +116,7 @@ def test_more_tokens_take_more(tokens, more):
     assert peak(tokens) < peak(tokens + more)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_settings_that_spare_memory_do():
     usual = peak()
@@ -126,6 +128,7 @@ def test_settings_that_spare_memory_do():
     assert peak(dtype="bfloat16", on_gpu=True, autocast=True) < on_gpu
 
 
+@pytest.mark.slow
 def test_long_contexts_grow_in_a_line():
     short, long = (
         step_memory(
@@ -186,6 +189,7 @@ def test_memory_is_counted_until_it_is_let_go():
     del b
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_counted_from_three_and_five_layers():
     config = read_config("demo")
     found = step_memory(config, trees(), StepSettings(lora=LoRASettings()))

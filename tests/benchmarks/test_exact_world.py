@@ -91,6 +91,7 @@ def test_ppo_comes_near_the_optimum(world):
     assert world.regret(world.logps(policy), BETA) < 0.06
 
 
+@pytest.mark.slow
 def test_ppo_with_another_penalty_does_not(world):
     """So the bound above says something: k3 in the reward is a fault that has been shipped."""
     reward = quality_rlhf.callable_reward(world.reward, world.n_symbols)

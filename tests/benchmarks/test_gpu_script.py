@@ -40,6 +40,7 @@ def results_in(folder, printed):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("kept_figures")
 def test_one_comparison_and_a_profile_run_on_a_cpu(tmp_path, capsys, monkeypatch):
@@ -93,6 +94,7 @@ def test_parts_are_merged_and_each_keeps_its_machine(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", gpu.LENGTH_NAMES)
 def test_lengths_have_the_means_that_are_named(name):
     rows = gpu.draw_rows(name, 1500)

@@ -117,6 +117,7 @@ def test_the_reference_itself_has_no_kl_and_sampling_follows_its_probabilities(t
     assert frontier.token_logps(model, [tree])[0, 0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_whole_course_its_report_and_what_is_kept(tiny, tmp_path):
     said = []
     parts = frontier.run_frontier([0], tmp_path / "kept", ["sentences"], said.append)

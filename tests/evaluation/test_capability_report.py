@@ -117,6 +117,7 @@ def draw_unchanged(rng):
     return p_values
 
 
+@pytest.mark.slow
 def test_where_nothing_changed_a_report_calls_anything_at_most_alpha_of_the_time():
     rng = np.random.default_rng(1)
     drawn = [draw_unchanged(rng) for _ in range(400)]

@@ -139,6 +139,7 @@ def test_a_job_from_the_plan_to_its_model(aws, tmp_path):
     assert on_disk()["model_arn"] == status.model_arn
 
 
+@pytest.mark.slow
 def test_jobs_are_listed_over_all_pages(aws):
     for number in range(3):
         write_data("train.jsonl", 40 + number)
@@ -204,6 +205,7 @@ sys.exit(main(["bedrock", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before_create", "after_create"])
 def test_a_process_killed_in_the_call_makes_one_job_in_the_end(when, aws):
     """Killed as Bedrock gets the request, or when the job is made and its reply is under way."""

@@ -84,6 +84,7 @@ def test_a_judge_that_always_names_the_first_place_has_no_kappa_to_speak_of():
     assert found.accuracy.value == 0.5
 
 
+@pytest.mark.slow
 def test_the_bootstrap_interval_of_kappa_covers_what_it_should():
     rng = np.random.default_rng(0)
     covered, truth = 0, 0.6  # right in 80 % of evenly spread pairs

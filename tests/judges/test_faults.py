@@ -67,6 +67,7 @@ def test_with_30_percent_faults_no_label_is_wrong_and_every_pair_is_accounted_fo
     check(judged, fake, tmp_path / "l")
 
 
+@pytest.mark.slow
 def test_over_a_real_socket_it_is_the_same(tmp_path):
     fake = FakeAnthropic(prefer_longer)
     fake.faults = random_faults(share=0.3, seed=5)

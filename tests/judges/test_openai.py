@@ -1303,6 +1303,7 @@ def test_over_tcp_the_limit_of_money_holds(llmock, over_tcp):
     assert 0 < len(answers_of(llmock)) < 200
 
 
+@pytest.mark.slow
 @pytest.mark.allow_hosts(["127.0.0.1"])
 def test_over_tcp_the_server_finds_nothing_to_complain_of_in_how_faults_are_taken(llmock, over_tcp):
     """`llmock` judges the client's own behaviour, with the waits it asked for really waited."""

@@ -91,6 +91,7 @@ def assert_llama_cpp_agrees(server, model, adapter, *, within):
     assert server.greedy(ids, 12) == greedy
 
 
+@pytest.mark.slow
 @needs_converters
 def test_a_merged_model_is_read_back_as_what_it_was(written):
     assert written.type == "f32"
@@ -105,6 +106,7 @@ def test_a_merged_model_is_read_back_as_what_it_was(written):
 
 
 @needs_converters
+@pytest.mark.slow
 @pytest.mark.allow_hosts(["127.0.0.1"])
 def test_llama_cpp_runs_the_merged_model_and_says_what_we_say(written, model, adapter):
     llama_cpp = pytest.importorskip("tests.serving.llama_cpp")
@@ -117,6 +119,7 @@ def test_llama_cpp_runs_the_merged_model_and_says_what_we_say(written, model, ad
 
 
 @needs_converters
+@pytest.mark.slow
 def test_the_file_names_no_folder_of_this_machine(written):
     content = Path(written.path).read_bytes()
     assert b"/tmp/" not in content

@@ -130,6 +130,7 @@ def test_the_card_holds_the_figures_of_the_report_and_valid_metadata(run):
     assert len(flips) == 1
 
 
+@pytest.mark.slow
 def test_pushing_again_sends_nothing_twice(run, hub):
     push(a_plan(run))
     large = [line for line in hub.asked if line.startswith("PUT")]
@@ -161,6 +162,7 @@ def test_after_a_cut_the_same_command_goes_on(run, hub, point):
     assert "adapter_model.safetensors" in hub.repos["models/someone/tuned"]["files"]
 
 
+@pytest.mark.slow
 def test_a_commit_whose_answer_was_lost_is_not_made_again(run, hub):
     hub.loses = lambda line: "/datasets/someone/pairs/commit" in line
     with pytest.raises(HostedError, match="Nothing was committed, as far as is known"):

@@ -150,6 +150,7 @@ def test_the_limit_of_money_holds_over_a_real_connection(llmock, client):
     assert 0 < len(asked(llmock)) < 200
 
 
+@pytest.mark.slow
 def test_the_server_finds_nothing_to_complain_of_in_how_faults_are_taken(llmock, client):
     """`llmock` judges the client's own behaviour, with the waits it asked for really waited."""
     llmock.add(fails(429, retry_after=0.2), fails(529, retry_after=0.2), says("first", times=None))

@@ -276,6 +276,7 @@ def test_a_server_process_judges_by_its_rule_logs_its_bills_and_ends_when_told(p
     assert len({bill.request_hash for bill in read_bills(log)}) == 3
 
 
+@pytest.mark.slow
 def test_what_a_killed_client_has_paid_for_is_in_the_log(path, tmp_path):
     """The client is killed while one answer is on its way: that one is billed, the rest not sent."""
     log = tmp_path / "bills.jsonl"

@@ -135,6 +135,7 @@ def test_prompts_with_a_longer_answer_are_left_out_and_counted(tiny_model, tmp_p
         train(tiny_model, tmp_path / "none", data=data[:1])
 
 
+@pytest.mark.slow
 def test_a_soft_label_is_what_its_probability_says(tiny_model, tmp_path):
     """Trained to the end on p = 0.8, the score difference is log 4."""
     settings = RewardSettings(
