@@ -387,8 +387,12 @@ def test_files_and_commands_of_the_repository_that_are_named_exist():
     """`benchmarks/x.py`, `benchmarks/results/x.md`, `tests/x.py`, `recipes/x.py` in any page."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"(?:benchmarks|tests|recipes|constraints)/[\w/.-]+\w", text):
-            assert (ROOT / name).exists(), f"{page.name}: {name}"
+        pattern = r"(?:benchmarks|tests|recipes|constraints)/[\w/.-]*(?:\{[\w,]+\}[\w.]*|\w)"
+        for name in re.findall(pattern, text):
+            before, _, choices = name.partition("{")
+            choices, _, after = choices.partition("}")
+            for choice in choices.split(","):
+                assert (ROOT / f"{before}{choice}{after}").exists(), f"{page.name}: {name}"
 
 
 def test_options_of_benchmarks_that_are_named_exist():

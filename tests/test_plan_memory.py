@@ -110,6 +110,7 @@ def peak(tokens=200, **options):
     return step_memory(LLAMA, tree, StepSettings(**{"lora": LORA, **options})).peak_bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(st.integers(130, 600), st.integers(1, 400))
 def test_more_tokens_take_more(tokens, more):

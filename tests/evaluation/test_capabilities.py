@@ -335,6 +335,7 @@ def test_unknown_names_are_refused_at_once_with_near_ones(tuned, forwards, tmp_p
         measure(tuned, tasks=" , ")
 
 
+@pytest.mark.slow
 def test_a_standard_task_without_a_hub_is_left_out_by_name(tuned, forwards):
     with pytest.raises(
         DataError, match=r"no task can run\.\n  - arc_easy: .*hub cannot be reached"

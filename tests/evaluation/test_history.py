@@ -384,6 +384,7 @@ def test_every_page_is_there_and_what_models_wrote_is_escaped(client):
     assert "<del>one</del><ins>two</ins>" in client.get("/changes/2/3").text
 
 
+@pytest.mark.slow
 def test_links_lead_on_from_every_page(client):
     seen, todo = set(), ["/"]
     while todo:

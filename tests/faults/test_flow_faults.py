@@ -1,4 +1,4 @@
-"""The whole flow under faults: a sample in every test run, a campaign on request.
+"""The whole flow under faults: ten in a row, and a campaign of as many as are asked for.
 
 `PREFOPT_FAULTS=1000` sets how many faults the campaign makes, `PREFOPT_FAULT_SEED` which.
 """
@@ -35,6 +35,7 @@ def world(tmp_path_factory):
         yield made
 
 
+@pytest.mark.slow
 def test_ten_faults_one_after_another_change_nothing(world):
     """In each part of the flow, training too; and where it is through before, in a second one."""
     campaign = Campaign(world, seed=1)

@@ -174,8 +174,7 @@ def check(ledger, bills, transport, n_kills):
         assert sum(lost.values()) <= n_kills * judge.concurrency
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", ["sync", "batch"])
+@pytest.mark.parametrize("transport", ["sync", pytest.param("batch", marks=pytest.mark.slow)])
 def test_a_few_kills_lose_nothing_and_pay_for_no_finished_call_twice(
     server, zygote, tmp_path, transport
 ):

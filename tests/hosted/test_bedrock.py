@@ -546,6 +546,7 @@ def test_steps_of_a_job_are_told_as_they_change(aws, monkeypatch):
 # --- the commands ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_commands(aws, capsys):
     create = ["bedrock", "create", "--out", "job", "--train", "train.jsonl", "--base_model", HAIKU]
     create += ["--role", ROLE, "--s3", "s3://bucket/tuning", "--name", "mine"]

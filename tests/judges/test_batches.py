@@ -228,6 +228,7 @@ def test_results_that_break_off_are_read_again_without_counting_twice(tmp_path):
         assert book.money().unknown_usd == 0
 
 
+@pytest.mark.slow
 def test_a_limit_that_fits_part_of_the_job_sends_that_part_and_leaves_the_rest(tmp_path):
     fake = FakeAnthropic(prefer_good)
     judge = batch_judge(fake)

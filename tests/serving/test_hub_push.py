@@ -139,6 +139,7 @@ def test_pushing_again_sends_nothing_twice(run, hub):
     assert [len(repo["commits"]) for repo in hub.repos.values()] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["PUT /storage", "models/someone/tuned/commit", "repos/create"])
 def test_after_a_cut_the_same_command_goes_on(run, hub, point):
     """The Hub refuses at each kind of step; the second call completes what is missing."""

@@ -317,6 +317,7 @@ def test_train_dpo_says_what_was_replayed(tiny_model, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_training_on_own_answers_ends_with_the_same_weights(
     tiny_model, tmp_path, monkeypatch
 ):
