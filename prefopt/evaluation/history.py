@@ -175,7 +175,11 @@ class History:
             self._db = sqlite3.connect(
                 self.path, timeout=60, check_same_thread=False, isolation_level=None
             )
-            self._open()
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
         except (sqlite3.Error, OSError) as error:
             raise DataError(f"cannot use {self.path} as a history: {error}.") from error
 

@@ -177,14 +177,18 @@ class Ledger:
                 "and kept here, so nothing is asked without it; free space or choose a writable "
                 f"folder. Is the file itself damaged? {_WAY_OUT}"
             ) from error
-        if path is not None:
-            self._alive = FileLock(self._life_sign(self.owner))
-            self._alive.acquire()
-        with self._writing():
-            self._db.execute(
-                "INSERT INTO owners VALUES (?,?,?)", (self.owner, os.getpid(), time.time())
-            )
-        self.bury_the_dead()
+        try:
+            if path is not None:
+                self._alive = FileLock(self._life_sign(self.owner))
+                self._alive.acquire()
+            with self._writing():
+                self._db.execute(
+                    "INSERT INTO owners VALUES (?,?,?)", (self.owner, os.getpid(), time.time())
+                )
+            self.bury_the_dead()
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, path: str | Path | None) -> None:
         # In this order: another process may be making the tables just now.

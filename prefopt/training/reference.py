@@ -210,14 +210,18 @@ class ReferenceCache:
     def _open(self, path: Path) -> None:
         try:
             database = sqlite3.connect(path, timeout=60.0)
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")
-            with database:
-                database.execute(
-                    "CREATE TABLE IF NOT EXISTS token_logps (fingerprint TEXT, key BLOB, "
-                    "logps BLOB, PRIMARY KEY (fingerprint, key)) WITHOUT ROWID"
-                )
-            database.execute("SELECT fingerprint, key, logps FROM token_logps LIMIT 0")
+            try:
+                database.execute("PRAGMA journal_mode = WAL")
+                database.execute("PRAGMA synchronous = NORMAL")
+                with database:
+                    database.execute(
+                        "CREATE TABLE IF NOT EXISTS token_logps (fingerprint TEXT, key BLOB, "
+                        "logps BLOB, PRIMARY KEY (fingerprint, key)) WITHOUT ROWID"
+                    )
+                database.execute("SELECT fingerprint, key, logps FROM token_logps LIMIT 0")
+            except BaseException:
+                database.close()
+                raise
         except sqlite3.DatabaseError as error:
             raise TrainingError(
                 f"the reference cache {path} cannot be used ({error}). It holds only what can be "

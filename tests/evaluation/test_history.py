@@ -159,6 +159,7 @@ def test_files_that_are_no_history_are_refused(tmp_path):
     other = sqlite3.connect(tmp_path / "other.sqlite")
     other.execute("CREATE TABLE t (x)")
     other.commit()
+    other.close()
     with pytest.raises(DataError, match="no history of prefopt's"):
         History(tmp_path / "other.sqlite")
     with History(tmp_path / "h") as kept:

@@ -172,8 +172,9 @@ def test_a_ledger_of_the_version_before_goes_on(tmp_path):
 
 
 def test_a_new_ledger_is_never_an_empty_file(tmp_path):
-    Ledger(tmp_path / "l")  # not closed, as by a kill
-    assert (tmp_path / "l").stat().st_size > 0
+    book = Ledger(tmp_path / "l")
+    assert (tmp_path / "l").stat().st_size > 0  # before it is closed, as after a kill
+    book.close()
 
 
 def test_everything_about_a_question_can_be_looked_up(tmp_path):
