@@ -358,7 +358,7 @@ def judge_changes(ledger: Path) -> tuple[str, ...]:
     from prefopt.judges.ledger import Ledger
 
     with Ledger(ledger) as book:
-        return drift_findings(book)
+        return drift_findings(book, one_kind=False)  # first one model's pairs, then another's
 
 
 def spent_usd(ledger: Path, judged: Sequence[JudgedComparison] = ()) -> float:

@@ -30,8 +30,14 @@ class _Said(msgspec.Struct, frozen=True):
     strength: int = 0
 
 
-def drift_findings(book: Ledger) -> tuple[str, ...]:
+def drift_findings(book: Ledger, *, one_kind: bool = True) -> tuple[str, ...]:
     """What changed about each judge of a ledger over time; empty where nothing did.
+
+    Args:
+        book: the verdicts.
+        one_kind: whether its pairs are of one kind from first to last. Where they are not, as when a
+            tuned model's answers come after the base model's, only habits are looked at that do not
+            hang on what is compared.
 
     Habits are the share of decided verdicts that name the answer shown first, of verdicts that are
     ties, and of decided ones that are strong. Each is tried for a change at 19 places in time by a
@@ -40,7 +46,7 @@ def drift_findings(book: Ledger) -> tuple[str, ...]:
     to each other, so the first share does not hang on what the pairs are like; the others may, where
     a data set is sorted.
     """
-    return (*_models(book), *itertools.chain.from_iterable(_habits(book)))
+    return (*_models(book), *itertools.chain.from_iterable(_habits(book, one_kind)))
 
 
 def _models(book: Ledger) -> list[str]:
@@ -67,7 +73,7 @@ def _models(book: Ledger) -> list[str]:
     return found
 
 
-def _habits(book: Ledger) -> list[list[str]]:
+def _habits(book: Ledger, one_kind: bool) -> list[list[str]]:
     rows = book.count(
         "SELECT judge, verdict, recorded_at FROM verdicts WHERE failure IS NULL ORDER BY judge, id"
     )
@@ -82,10 +88,13 @@ def _habits(book: Ledger) -> list[list[str]]:
                 "name the answer shown first",
                 [s.preferred == s.shown_first for s, _ in decided],
                 times,
-            ),
-            ("are ties", [s.preferred == "tie" for s, _ in said], all_times),
-            ("say much better", [s.strength == 2 for s, _ in decided], times),
+            )
         ]
+        if one_kind:
+            habits += [
+                ("are ties", [s.preferred == "tie" for s, _ in said], all_times),
+                ("say much better", [s.strength == 2 for s, _ in decided], times),
+            ]
         lines = []
         for words, values, at in habits:
             place = change_point(values, n_tests=len(habits))

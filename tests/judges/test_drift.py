@@ -11,7 +11,7 @@ from prefopt.judges.label_report import label_report
 from prefopt.judges.ledger import Ledger
 from prefopt.judges.rubric import HOUSE_STYLE
 from prefopt.preferences import build_preferences
-from prefopt.testing import FakeAnthropic, prefer_by_hash, prefer_first
+from prefopt.testing import FakeAnthropic, prefer_by_hash, prefer_first, verdict_reply
 from prefopt.types import Candidate, Comparison, Prompt
 
 
@@ -67,6 +67,15 @@ def test_one_that_begins_to_take_the_first_is_told_in_the_label_report(tmp_path)
     assert "changed while it was asked" in told
     assert "100% of the 60 since" in told
     assert "changed while it was asked" in " ".join(report.to_text().split())
+
+
+def test_pairs_of_another_kind_are_no_change_of_the_judge(tmp_path):
+    """Ties among the later pairs, as after training: told of a job of one kind, not of a whole run."""
+    judged_by(changing(prefer_by_hash, lambda _: verdict_reply("tie", "Alike.")), tmp_path / "l")
+    with Ledger(tmp_path / "l") as book:
+        (told,) = drift_findings(book)
+        assert "are ties" in told
+        assert drift_findings(book, one_kind=False) == ()
 
 
 def test_another_model_behind_the_name_is_told(tmp_path):
