@@ -4,8 +4,9 @@
     python benchmarks/speed_ppo.py                      # every case; prints and writes results/
     python benchmarks/speed_ppo.py --only chat --trl_batches 1 4 --quick
 
-TRL's PPO is that of 0.29.1 (`trl.experimental.ppo`; 1.16 has none). It does not install beside the TRL that
-prefopt needs, so each run is a process of its own, and they alternate: prefopt, TRL, prefopt, TRL.
+TRL's PPO is that of 0.29.1 (`trl.experimental.ppo`; 1.16 has none). It does not install beside the
+TRL that prefopt needs, so each run is a process of its own, and they alternate: prefopt, TRL,
+prefopt, TRL.
 Both train SmolLM2-135M with LoRA on all linear layers in fp32, 8 answers of exactly 53 tokens (TRL's
 default `response_length`; the end token does not stop them), 4 epochs of 1 mini-batch, k1 in the
 reward, a learned reward model. TRL's reward and value models are full models beside the policy, as
