@@ -12,6 +12,13 @@ import pytest
 
 from tests.tiny_models import save_tiny_model
 
+# Collecting thousands of tests makes a great many objects and little garbage.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.enable()
+
 
 @pytest.fixture(scope="module", autouse=True)
 def light_collections():

@@ -113,6 +113,7 @@ def test_running_again_makes_nothing_again(finished, tiny_model, prompt_file, mo
     assert hashes(out) == before
 
 
+@pytest.mark.slow
 def test_the_same_configuration_elsewhere_gives_the_same_bytes(
     finished, tiny_model, prompt_file, tmp_path
 ):

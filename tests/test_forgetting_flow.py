@@ -50,6 +50,7 @@ def tiny(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny"), context=1024)
 
 
+@pytest.mark.slow
 def test_it_finishes_and_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
     original = module._task_scores
     three = [w for w in ways(config(tmp_path, tiny)) if w.key in ("none", "replay20", "nll")]

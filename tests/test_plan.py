@@ -218,6 +218,7 @@ def test_max_length_must_leave_room():
         plan_training(replace(SMALL, max_length=20))
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_json(capsys):
     options = ["plan", "--shape.params", "3M", "--shape.layers", "1", "--shape.vocab_size", "1000",
                "--shape.hidden_size", "128", "--gpus", "2xA100-40GB", "--lora.r", "8"]  # fmt: skip

@@ -153,6 +153,7 @@ def answer_files(folder: Path, n: int = 60) -> dict[str, str]:
     return paths
 
 
+@pytest.mark.slow
 def test_the_command_ranks_takes_labels_and_keeps_the_gate(tmp_path, capsys) -> None:
     paths = answer_files(tmp_path)
     command = ["evaluate", *(f"--answers.{n}={p}" for n, p in paths.items()),

@@ -190,6 +190,7 @@ def test_many_kills_lose_nothing_and_pay_for_no_finished_call_twice(
     assert kill_until(zygote, server, tmp_path, transport, n_kills=n_kills, seed=2) == n_kills
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_ledger_ask_nothing_twice(server, zygote, tmp_path):
     socket, log = server
     bills_before = len(read_bills(log)) if log.exists() else 0

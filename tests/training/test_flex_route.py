@@ -138,6 +138,7 @@ def test_rows_of_any_length_have_two_whole_blocks_or_more():
         assert torch.equal(inputs["input_ids"][:, :n], batch.input_ids)
 
 
+@pytest.mark.slow
 def test_batches_of_other_lengths_use_the_graphs_that_are_there():
     """Counted by dynamo itself; which backend compiles the graph makes no difference to it."""
     from torch._dynamo.testing import CompileCounter
