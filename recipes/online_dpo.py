@@ -11,7 +11,7 @@ held-out requests. Only answers that were never compared are judged, so a paid j
 once. Every file is in `runs/online`; running the command again continues there.
 
 Expected, on 60 held-out requests: the first round is preferred to the base model in 67 % (55 to 76 %),
-the second in 78 % (67 to 85 %); perplexity on plain prose rises 5 %. Some 20 minutes of one core.
+the second in 78 % (67 to 85 %); perplexity on plain prose rises 5 %.
 """
 
 from dataclasses import dataclass, field
