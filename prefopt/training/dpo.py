@@ -22,11 +22,7 @@ import msgspec
 from prefopt.chat import tokenize_preference
 from prefopt.data.rows import Source
 from prefopt.errors import DataError, ModelError
-from prefopt.launched import (
-    is_first_process,
-    refuse_processes,
-    trains_in_bfloat16,
-)
+from prefopt.launched import is_first_process, trains_in_bfloat16
 from prefopt.models import (
     Device,
     DType,
@@ -231,7 +227,22 @@ def train_dpo(
         )  # fmt: skip
     rows = _tokenized_rows(groups, loaded.tokenizer, settings.max_length)
     own_answers = out.with_name(out.name + ".own_answers")
-    general = _general_rows(replay, loaded, len(rows), settings, own_answers, progress)
+
+    from prefopt.training.replay import general_rows
+    from prefopt.training.sharding import n_trained
+
+    general = general_rows(
+        replay,
+        loaded,
+        steps=math.ceil(settings.epochs * math.ceil(len(rows) / settings.batch_size)),
+        batch_size=settings.batch_size,
+        share=settings.replay_share,
+        weight=settings.replay_weight,
+        max_length=settings.max_length,
+        seed=settings.seed,
+        partial=own_answers,
+        progress=progress,
+    )
     identity = [
         model_fingerprint(loaded.base),
         rows,
@@ -242,8 +253,6 @@ def train_dpo(
     ]
     trainer = _make_trainer(loaded, rows, general, settings, lora, checkpoint_dir, progress)
     logger.info("training on %d pairs, and %d general rows", len(rows), len(general))
-
-    from prefopt.training.sharding import n_trained
 
     resume = resume_point(trainer.accelerator, checkpoint_dir, identity)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -315,30 +324,6 @@ def _tokenized_rows(
     if not rows:
         raise DataError("there are no preference pairs to train on.")
     return rows
-
-
-def _general_rows(
-    source: Source | None,
-    loaded: LanguageModel,
-    n_pairs: int,
-    settings: DPOSettings,
-    partial: Path,
-    progress: bool,
-) -> list[TokenRow]:
-    """The general rows of the whole training, or none."""
-    from prefopt.training.replay import general_source, replay_rows, rows_per_step
-
-    if source is None or settings.replay_weight == 0:
-        return []
-    if source == "own_answers":
-        refuse_processes("sampling own_answers", "give the general data as a file")
-    steps = math.ceil(settings.epochs * math.ceil(n_pairs / settings.batch_size))
-    most = steps * rows_per_step(settings.replay_share, settings.batch_size)
-    length, seed = settings.max_length, settings.seed
-    found = general_source(
-        source, loaded, most=most, max_length=length, seed=seed, partial=partial, progress=progress
-    )
-    return replay_rows(found, loaded.tokenizer, max_length=length, most=most, seed=seed)
 
 
 def _make_trainer(

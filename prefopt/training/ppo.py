@@ -23,7 +23,6 @@ from prefopt.errors import DataError
 from prefopt.judges import Judge
 from prefopt.launched import (
     is_first_process,
-    refuse_processes,
     rows_of_each,
     shards,
     trains_in_bfloat16,
@@ -144,14 +143,29 @@ def train_ppo(
     if isinstance(reward, str | Path):
         reward = _load_reward(reward, loaded)
     own_answers = out.with_name(out.name + ".own_answers")
-    general = _general_rows(replay, loaded, settings, own_answers, progress)
+
+    from prefopt.training.replay import general_rows
+    from prefopt.training.sharding import n_elements
+
+    n_answers = settings.prompts_per_rollout * settings.answers_per_prompt
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    general = general_rows(
+        replay,
+        loaded,
+        steps=settings.rollouts * settings.epochs * settings.mini_batches,
+        batch_size=n_answers // settings.mini_batches,
+        share=settings.replay_share,
+        weight=settings.replay_weight,
+        max_length=min(_GENERAL_TOKENS, context or _GENERAL_TOKENS),
+        seed=settings.seed,
+        partial=own_answers,
+        progress=progress,
+    )
     trainer, watch = _make_trainer(
         loaded, reward, prompts, held_out, general, settings, lora, checkpoint_dir, progress
     )
     resume = resume_point(trainer.accelerator, checkpoint_dir, [*identity, general])
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-
-    from prefopt.training.sharding import n_elements
 
     roles = trainer.roles
     result = PPOResult(
@@ -207,31 +221,6 @@ def _reward_identity(reward: Any) -> str:
     if isinstance(reward, RewardModel):
         return content_hash([reward.base, reward.bias, reward.head.weight.tolist()])
     return f"{getattr(reward, '__module__', '')}.{getattr(reward, '__qualname__', type(reward))}"
-
-
-def _general_rows(
-    source: Source | None,
-    loaded: LanguageModel,
-    settings: PPOSettings,
-    partial: Path,
-    progress: bool,
-) -> list[TokenRow]:
-    """The general rows of the whole training, or none."""
-    from prefopt.training.replay import general_source, replay_rows, rows_per_step
-
-    if source is None or settings.replay_weight == 0:
-        return []
-    if source == "own_answers":
-        refuse_processes("sampling own_answers", "give the general data as a file")
-    n_answers = settings.prompts_per_rollout * settings.answers_per_prompt
-    per_step = rows_per_step(settings.replay_share, n_answers // settings.mini_batches)
-    most = settings.rollouts * settings.epochs * settings.mini_batches * per_step
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    length, seed = min(_GENERAL_TOKENS, context or _GENERAL_TOKENS), settings.seed
-    found = general_source(
-        source, loaded, most=most, max_length=length, seed=seed, partial=partial, progress=progress
-    )
-    return replay_rows(found, loaded.tokenizer, max_length=length, most=most, seed=seed)
 
 
 def _make_trainer(
@@ -368,7 +357,7 @@ itself to {result.n_prompts} prompts.
 | advantages | {settings.advantage} |
 | rollout batch | {settings.prompts_per_rollout} prompts x {settings.answers_per_prompt} answers, \
 {settings.epochs} epochs |
-| general rows | {replayed} |
+| general data | {replayed} |
 | parameters trained | {result.n_parameters_trained:,}, value included |
 | learning rate | {result.learning_rate:g}, linear |
 | seed | {settings.seed} |

@@ -22,6 +22,7 @@ from prefopt.chat import tokenize_prompt
 from prefopt.data.general import OWN_ANSWERS, load_general
 from prefopt.data.rows import Source
 from prefopt.errors import DataError
+from prefopt.launched import refuse_processes
 from prefopt.models import LanguageModel
 from prefopt.training.preference_rows import MicroBatch
 from prefopt.training.token_rows import TokenRow, tokenize_demonstrations
@@ -31,7 +32,7 @@ from prefopt.types import Candidate, Prompt
 logger = logging.getLogger(__name__)
 
 
-def rows_per_step(share: float, batch_size: int) -> int:
+def rows_per_step(share: float, batch_size: float) -> int:
     """The general rows beside `batch_size` rows that make up `share` of both, rounded; at least one.
 
     Raises:
@@ -187,19 +188,43 @@ def own_answers(
     return told
 
 
-def general_source(
-    source: Source,
+def general_rows(
+    source: Source | None,
     loaded: LanguageModel,
     *,
-    most: int,
+    steps: int,
+    batch_size: float,
+    share: float,
+    weight: float,
     max_length: int,
     seed: int,
     partial: Path,
     progress: bool,
-) -> Source:
-    """The source, or for "own_answers" what the model answers now."""
-    if not (isinstance(source, str) and source == OWN_ANSWERS):
-        return source
-    return own_answers(
-        loaded, most=most, max_length=max_length, seed=seed, partial=partial, progress=progress
-    )
+) -> list[TokenRow]:
+    """The general rows of a whole training, for "own_answers" sampled now; none where it replays none.
+
+    Args:
+        source: as for `load_general`, "own_answers", or None.
+        loaded: the model before training.
+        steps: optimiser steps of the training.
+        batch_size: rows of a step beside which general ones are put, over all processes.
+        share: of the general rows among all rows of a step, in (0, 1).
+        weight: of their loss; 0 replays nothing.
+        max_length: tokens of prompt and answer together; longer rows are cut.
+        seed: of the draw and the sampling.
+        partial: file that keeps finished answers of "own_answers", so that a killed call can go on.
+        progress: show a bar.
+
+    Raises:
+        DataError: as `replay_rows` and `own_answers`.
+        ValueError: "own_answers" in several processes, or the share is not in (0, 1).
+    """
+    if source is None or weight == 0:
+        return []
+    most = steps * rows_per_step(share, batch_size)
+    if isinstance(source, str) and source == OWN_ANSWERS:
+        refuse_processes("sampling own_answers", "give the general data as a file")
+        source = own_answers(
+            loaded, most=most, max_length=max_length, seed=seed, partial=partial, progress=progress
+        )
+    return replay_rows(source, loaded.tokenizer, max_length=max_length, most=most, seed=seed)

@@ -33,14 +33,18 @@ def train(model, out, reward=vowels, settings=SETTINGS, **more):
 
 
 def test_from_prompts_to_an_adapter(tiny_model, tmp_path):
-    result = train(tiny_model, tmp_path / "out", held_out=PROMPTS[:2])
+    texts = [f"The sea is green and thing {i} is not." for i in range(5)]
+    result = train(tiny_model, tmp_path / "out", held_out=PROMPTS[:2], replay=texts)
     assert result.adapter == tmp_path / "out"
     assert result.reference == "the base model (adapter off)"
     assert (result.n_prompts, result.n_answers, len(result.points)) == (5, 24, 3)
     assert result.points[0].kl == pytest.approx(0.0, abs=1e-4)
     assert result.health
     assert load_ppo_log(result.adapter) == result.points
-    assert "the base model (adapter off)" in (result.adapter / "README.md").read_text()
+    card = (result.adapter / "README.md").read_text()
+    assert "the base model (adapter off)" in card
+    assert result.n_replay == 5
+    assert "| general data | 5 rows, 10% of a step, weight 1 |" in card
     lines = [json.loads(x) for x in (result.adapter / "rollouts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0] * 4 + [2] * 4 + [4] * 4
     assert not (tmp_path / "out.checkpoints").exists()
