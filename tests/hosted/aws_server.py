@@ -11,8 +11,6 @@ import json
 import threading
 from typing import Any
 
-from moto.backends import get_backend
-from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 HAIKU = "anthropic.claude-3-haiku-20240307-v1:0:200k"
@@ -27,6 +25,11 @@ class AWSServer:
     """A context manager; `url` is what AWS_ENDPOINT_URL is set to."""
 
     def __init__(self) -> None:
+        # Here: 2 s that every process which collects the tests would pay.
+        from moto.backends import get_backend
+        from moto.server import DomainDispatcherApplication, create_backend_app
+
+        self.backends = get_backend
         self.moto = DomainDispatcherApplication(create_backend_app)
         self.models = [HAIKU]
         self.created: list[dict[str, Any]] = []
@@ -50,7 +53,7 @@ class AWSServer:
     def jobs(self) -> dict[str, Any]:
         """moto's jobs by name."""
         found: dict[str, Any] = {}
-        for regions in get_backend("bedrock").values():
+        for regions in self.backends("bedrock").values():
             for backend in regions.values():
                 found |= backend.model_customization_jobs
         return found
@@ -63,7 +66,7 @@ class AWSServer:
     def reset(self) -> None:
         """Forget all jobs and objects."""
         for service in ("bedrock", "s3"):
-            for regions in get_backend(service).values():
+            for regions in self.backends(service).values():
                 regions.reset()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:

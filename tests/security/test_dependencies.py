@@ -3,6 +3,7 @@
 import ast
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -28,6 +29,7 @@ EXTRAS = {extra: names(items) for extra, items in PROJECT["optional-dependencies
 USERS = {extra: items for extra, items in EXTRAS.items() if extra not in ("dev", "docs", "fuzz")}
 
 
+@cache
 def imported():
     """Distribution: the files of prefopt that import it, lazily or not."""
     of_module = packages_distributions()
@@ -48,21 +50,18 @@ def imported():
     return found
 
 
-IMPORTED = imported()
-
-
 def test_everything_that_is_imported_is_declared():
     declared = REQUIRED.union(*USERS.values())
     undeclared = {
         name: files
-        for name, files in IMPORTED.items()
+        for name, files in imported().items()
         if name not in declared and BROUGHT_BY.get(name) not in declared
     }
     assert not undeclared
 
 
 def test_everything_that_is_required_is_imported():
-    assert not REQUIRED - set(IMPORTED)
+    assert not REQUIRED - set(imported())
 
 
 def test_nothing_is_required_that_an_extra_is_for():
@@ -76,7 +75,7 @@ def test_what_an_extra_brings_is_imported_somewhere():
     # and a browser is for the tests of the pages.
     elsewhere = {"bitsandbytes", "deepspeed", "sentencepiece", "playwright"}
     for extra, items in USERS.items():
-        assert items <= set(IMPORTED) | elsewhere, extra
+        assert items <= set(imported()) | elsewhere, extra
 
 
 def test_all_licences_are_listed_and_none_asks_to_open_the_users_code():
