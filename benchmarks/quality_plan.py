@@ -90,7 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def model_folder(name: str, work: Path) -> str:
     """Where a case's model lies; "small" and "tiny" are made there, with random weights."""
-    from prefopt.models import demo_model_path
+    from prefopt.demo_model import demo_model_path
 
     if name == "demo":
         return str(demo_model_path())

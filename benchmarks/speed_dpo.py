@@ -129,7 +129,7 @@ class Bench:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from prefopt.models import demo_model_path
+        from prefopt.demo_model import demo_model_path
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         path = demo_model_path()

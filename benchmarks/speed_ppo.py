@@ -264,7 +264,7 @@ class Bench:
     """Starts the runs, each a process of its own."""
 
     def __init__(self, env: Path, steps: int) -> None:
-        from prefopt.models import demo_model_path
+        from prefopt.demo_model import demo_model_path
 
         self.python = {"prefopt": sys.executable, "trl": str(env / "bin" / "python")}
         self.model, self.steps = str(demo_model_path()), steps
@@ -301,7 +301,7 @@ def cases() -> dict[str, tuple[list[list[int]], int]]:
     from transformers import AutoTokenizer
 
     from benchmarks.speed_dpo import read
-    from prefopt.models import demo_model_path
+    from prefopt.demo_model import demo_model_path
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     ids = [

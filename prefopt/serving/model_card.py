@@ -8,7 +8,6 @@ what they do not say, the card says is not known. Folders of this machine are na
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from prefopt.evaluation.advice import interval, percent, signed_percent
 from prefopt.evaluation.eval_report import EvalReport, installed_versions
 from prefopt.judges.label_report import LabelReport, label_report
 from prefopt.judges.rubric import Rubric
+from prefopt.models import is_hub_id
 from prefopt.preferences import Preferences
 from prefopt.types import Candidate, JudgedComparison, LeftOut, PreferenceGroup
 
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 Kind = Literal["adapter", "model", "gguf"]
 """What is in the repository: a LoRA adapter, whole weights, or GGUF files alone."""
 
-DEMO_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What the built-in demo model is called on the Hub; Apache-2.0 there."""
-
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _METHOD = {"dpo": "DPO", "ppo": "SFT, a reward model and PPO"}
 _SETTINGS = (
     "dpo",
@@ -83,11 +79,6 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, dict[str, Any]] = {}
     report: EvalReport | None = None
     versions: dict[str, str] = {}
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a model's name can be one of the Hub's ("organisation/name") and is no folder here."""
-    return bool(_HUB_ID.match(name)) and not Path(name).exists()
 
 
 def shown(name: str) -> str:

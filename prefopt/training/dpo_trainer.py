@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ import trl
 from huggingface_hub import ModelCardData
 from torch import Tensor
 
+from prefopt.cache_folder import cache_folder
 from prefopt.errors import TrainingError
 from prefopt.logprobs import TokenScores, by_answer, discounted_logps, sum_by_answer
 from prefopt.losses import (
@@ -242,8 +242,7 @@ class DPOTrainer(TreeTrainer):
         reference = Reference(kind, self.model if self.ref_model is None else self.ref_model)
         folder = args.reference_cache
         if folder is None and args.precompute_ref_log_probs:
-            home = Path(os.environ.get("PREFOPT_CACHE", Path.home() / ".cache" / "prefopt"))
-            folder = str(home / "reference")
+            folder = str(cache_folder() / "reference")
         fingerprint = ""
         if folder is not None and kind != "none":
             fingerprint = weights_fingerprint(reference, autocast=args.mixed_precision)

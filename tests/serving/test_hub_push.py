@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard, constants
 from prefopt.cli import main
 from prefopt.errors import DataError, HostedError
 from prefopt.flow import FlowConfig, run_flow
-from prefopt.models import LoRASettings
+from prefopt.models import LoRASettings, is_hub_id
 from prefopt.sampling.candidates import SamplingSettings
 from prefopt.serving.hub_push import plan_push, push
-from prefopt.serving.model_card import is_hub_id, shown
+from prefopt.serving.model_card import shown
 from prefopt.training.dpo import DPOSettings
 from tests.serving.hub_server import TOKEN, HubServer
 
