@@ -34,6 +34,7 @@ from prefopt.models import (
     model_fingerprint,
 )
 from prefopt.out_of_memory import without_memory_settings
+from prefopt.training.card_parts import front_matter, general_data, notes_list
 from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote, TrainingPoint, diagnose, training_points
 from prefopt.training.loop_settings import loop_arguments, loop_problems
@@ -371,7 +372,7 @@ def _make_trainer(
         peft_config=None if is_peft else lora_config(lora),
         replay_dataset=general or None,
     )
-    ProgressBar(description="training (DPO)", show=progress and is_first_process()).attach(trainer)
+    ProgressBar(description="training (DPO)", show=progress).attach(trainer)
     return trainer
 
 
@@ -401,24 +402,16 @@ def _save(
 
 def _model_card(base: str, result: DPOResult, settings: DPOSettings, lora: LoRASettings) -> str:
     last = result.points[-1]
-    notes = "\n".join(f"- {note.level}: {note.message}" for note in result.health)
-    base_model = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
     adapter = (
         f"continued from {lora.continue_from}"
         if lora.continue_from
         else f"r={lora.r}, alpha={lora.alpha:g}, targets {lora.target_modules}"
     )
-    general = "none"
-    if result.n_replay:
-        general = (
-            f"{result.n_replay} rows, {settings.replay_share:.0%} of a step, weight "
-            f"{settings.replay_weight:g}"
-        )
-    return f"""---
-{base_model}library_name: peft
-pipeline_tag: text-generation
-tags: [prefopt, dpo, lora]
----
+    general = general_data(result.n_replay, settings.replay_share, settings.replay_weight)
+    head = front_matter(
+        base, library="peft", task="text-generation", tags=["prefopt", "dpo", "lora"]
+    )
+    return f"""{head}
 # A LoRA adapter for {base}, tuned with DPO
 
 Trained with [prefopt](https://pypi.org/project/prefopt/) on {result.n_pairs} preference pairs.
@@ -437,7 +430,7 @@ Last logged step: loss {last.loss:.4f}, margin {last.margin:.3f}, accuracy {last
 
 ## What the log says
 
-{notes}
+{notes_list(result.health)}
 
 ## Use
 

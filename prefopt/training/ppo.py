@@ -38,6 +38,7 @@ from prefopt.models import (
     model_fingerprint,
 )
 from prefopt.out_of_memory import without_memory_settings
+from prefopt.training.card_parts import front_matter, general_data, notes_list
 from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote
 from prefopt.training.ppo_health import PPOPoint, ppo_points
@@ -329,22 +330,14 @@ def _save(
 
 def _model_card(base: str, result: PPOResult, settings: PPOSettings) -> str:
     first, last = result.points[0], result.points[-1]
-    notes = "\n".join(f"- {note.level}: {note.message}" for note in result.health)
-    hub = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
     beta = f"{settings.kl_coef:g}"
-    replayed = "none"
-    if result.n_replay:
-        replayed = (
-            f"{result.n_replay} rows, {settings.replay_share:.0%} of a step, weight "
-            f"{settings.replay_weight:g}"
-        )
+    general = general_data(result.n_replay, settings.replay_share, settings.replay_weight)
     if settings.kl_target is not None:
         beta += f", adapted to a KL of {settings.kl_target:g} nats"
-    return f"""---
-{hub}library_name: peft
-pipeline_tag: text-generation
-tags: [prefopt, ppo, rlhf, lora]
----
+    head = front_matter(
+        base, library="peft", task="text-generation", tags=["prefopt", "ppo", "rlhf", "lora"]
+    )
+    return f"""{head}
 # A LoRA adapter for {base}, tuned with PPO
 
 Trained with [prefopt](https://pypi.org/project/prefopt/) on {result.n_answers:,} answers that it gave
@@ -357,7 +350,7 @@ itself to {result.n_prompts} prompts.
 | advantages | {settings.advantage} |
 | rollout batch | {settings.prompts_per_rollout} prompts x {settings.answers_per_prompt} answers, \
 {settings.epochs} epochs |
-| general data | {replayed} |
+| general data | {general} |
 | parameters trained | {result.n_parameters_trained:,}, value included |
 | learning rate | {result.learning_rate:g}, linear |
 | seed | {settings.seed} |
@@ -366,7 +359,7 @@ The score went from {first.score:.3f} to {last.score:.3f} at a KL of {last.kl:.2
 
 ## What the log says
 
-{notes}
+{notes_list(result.health)}
 
 ## Use
 

@@ -37,6 +37,7 @@ from prefopt.models import (
 )
 from prefopt.out_of_memory import without_memory_settings
 from prefopt.progress import progress_bar
+from prefopt.training.card_parts import front_matter
 from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.loop_settings import loop_arguments
 from prefopt.training.reward_report import RewardReport, ScoredPair, measure_reward
@@ -353,8 +354,7 @@ def _make_trainer(
         ),
     )
     trainer = RewardTrainer(model=reward, args=args, train_dataset=datasets.Dataset.from_list(rows))
-    show = progress and is_first_process()
-    ProgressBar(description="training (reward)", unit="prompt", show=show).attach(trainer)
+    ProgressBar(description="training (reward)", unit="prompt", show=progress).attach(trainer)
     return trainer
 
 
@@ -400,12 +400,8 @@ def _save(
 
 def _model_card(reward: RewardModel, result: RewardResult, settings: RewardSettings) -> str:
     base, last = reward.base or "", result.points[-1]
-    hub = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
-    return f"""---
-{hub}library_name: peft
-pipeline_tag: text-classification
-tags: [prefopt, reward-model, lora]
----
+    tags = ["prefopt", "reward-model", "lora"]
+    return f"""{front_matter(base, library="peft", task="text-classification", tags=tags)}
 # A reward model on {base}
 
 Trained with [prefopt](https://pypi.org/project/prefopt/) on {result.n_pairs} preferences among the

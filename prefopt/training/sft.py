@@ -41,6 +41,7 @@ from prefopt.models import (
     model_fingerprint,
 )
 from prefopt.out_of_memory import without_memory_settings
+from prefopt.training.card_parts import front_matter, notes_list
 from prefopt.training.checkpoints import resume_point, whole_folder
 from prefopt.training.health import HealthNote, diagnose, training_points
 from prefopt.training.loop_settings import loop_arguments, loop_problems
@@ -363,9 +364,7 @@ def _make_trainer(
         processing_class=loaded.tokenizer,
         peft_config=lora_config(lora) if wants_adapter else None,
     )
-    ProgressBar(
-        description="training (SFT)", unit="row", show=progress and is_first_process()
-    ).attach(trainer)
+    ProgressBar(description="training (SFT)", unit="row", show=progress).attach(trainer)
     return trainer
 
 
@@ -407,8 +406,6 @@ def _save(
 
 def _model_card(base: str, result: SFTResult, settings: SFTSettings, lora: LoRASettings) -> str:
     last = result.points[-1]
-    notes = "\n".join(f"- {note.level}: {note.message}" for note in result.health)
-    base_model = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
     if settings.tune == "full":
         library, trained, load = "transformers", "all weights", 'load_model("path/to/this/folder")'
         title = f"{base}, tuned on demonstrations"
@@ -421,11 +418,8 @@ def _model_card(base: str, result: SFTResult, settings: SFTSettings, lora: LoRAS
         )
         load = f'load_model({base!r}, adapter="path/to/this/folder")'
         title = f"A LoRA adapter for {base}, tuned on demonstrations"
-    return f"""---
-{base_model}library_name: {library}
-pipeline_tag: text-generation
-tags: [prefopt, sft]
----
+    head = front_matter(base, library=library, task="text-generation", tags=["prefopt", "sft"])
+    return f"""{head}
 # {title}
 
 Trained with [prefopt](https://pypi.org/project/prefopt/) on {result.n_demonstrations} demonstrations
@@ -444,7 +438,7 @@ Last logged step: loss {last.loss:.4f} nats a token, {last.accuracy:.0%} of the 
 
 ## What the log says
 
-{notes}
+{notes_list(result.health)}
 
 ## Use
 
