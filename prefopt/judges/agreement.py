@@ -10,13 +10,13 @@ bootstrap that draws whole prompts.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from prefopt.evaluation.win_rate import wilson_interval
 from prefopt.types import JudgedComparison, Winner
 
 if TYPE_CHECKING:
@@ -95,11 +95,8 @@ def wilson(k: float, n: int) -> Interval | None:
     """A share with its Wilson interval; k may hold halves. None for n = 0."""
     if n == 0:
         return None
-    z = 1.959963984540054
-    p = k / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(float(p), float(max(centre - half, 0)), float(min(centre + half, 1)), n)
+    low, high = wilson_interval(k / n, n)
+    return Interval(k / n, low, high, n)
 
 
 def cohen_kappa(table: NDArray[np.float64]) -> np.float64 | NDArray[np.float64]:

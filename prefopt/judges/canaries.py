@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from prefopt.evaluation.win_rate import wilson_interval
 from prefopt.types import Candidate, Comparison, JudgedComparison, content_hash
 
 CanaryKind = Literal["constant", "fake_template", "instruction"]
@@ -80,13 +81,8 @@ class CanaryResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
         None when all failed: then nothing was learnt.
         """
-        from scipy.stats import binomtest
-
         n = self.n_verdicts - self.n_failed
-        if n == 0:
-            return None
-        interval = binomtest(self.n_fooled, n).proportion_ci(method="wilson")
-        return float(interval.low), float(interval.high)
+        return None if n == 0 else wilson_interval(self.n_fooled / n, n)
 
 
 def canary_comparisons(comparisons: Iterable[Comparison], *, n_prompts: int = 4) -> list[Canary]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from prefopt.evaluation.win_rate import wilson_interval
 from prefopt.judges.canaries import CanaryResult
 from prefopt.judges.drift import drift_findings
 from prefopt.judges.ledger import Ledger
@@ -38,12 +39,7 @@ class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, k: int, n: int) -> Share | None:
         """None where there is nothing to take a share of."""
-        from scipy.stats import binomtest
-
-        if n == 0:
-            return None
-        interval = binomtest(k, n).proportion_ci(method="wilson")
-        return cls(k, n, float(interval.low), float(interval.high))
+        return None if n == 0 else cls(k, n, *wilson_interval(k / n, n))
 
     @property
     def share(self) -> float:
