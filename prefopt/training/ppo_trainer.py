@@ -1213,7 +1213,6 @@ class PPOTrainer(WholeCheckpoints):
         self.roles.save(folder, state_dict if self.sharding.gradients else None)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
         state = {"kl_coef": self.kl_coef, "n_answers": self.n_answers}
         (folder / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 

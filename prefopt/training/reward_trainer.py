@@ -211,7 +211,6 @@ class RewardTrainer(TreeTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.reward.write(folder, state_dict)
-        torch.save(self.args, folder / "training_args.bin")
 
     def _is_saved(self, name: str, parameter: Any) -> bool:
         trains = parameter.requires_grad or name.startswith("head.") or "lora_" in name
