@@ -77,6 +77,11 @@ class HealthNote(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     check: str = ""
 
 
+NOTHING_LOGGED = HealthNote(
+    level="warning", message="Nothing was logged, so nothing can be said.", check="log"
+)
+
+
 def training_points(log_history: Iterable[Mapping[str, Any]]) -> tuple[TrainingPoint, ...]:
     """The training steps of a Trainer's `state.log_history`, in the names TRL and prefopt share."""
 
@@ -95,9 +100,9 @@ def training_points(log_history: Iterable[Mapping[str, Any]]) -> tuple[TrainingP
             chosen_logp=number(entry, "logps/chosen"),
             rejected_logp=number(entry, "logps/rejected"),
             learning_rate=number(entry, "learning_rate"),
-            grad_norm=_optional(entry, "grad_norm"),
-            entropy=_optional(entry, "entropy"),
-            replay_nll=_optional(entry, "replay/nll"),
+            grad_norm=optional_figure(entry, "grad_norm"),
+            entropy=optional_figure(entry, "entropy"),
+            replay_nll=optional_figure(entry, "replay/nll"),
         )
         for entry in log_history
         if "loss" in entry
@@ -112,21 +117,22 @@ def evaluation_points(
     for entry in log_history:
         if f"{prefix}_loss" not in entry:
             continue
-        seconds = _optional(entry, f"{prefix}_runtime")
-        rate = _optional(entry, f"{prefix}_samples_per_second")
+        seconds = optional_figure(entry, f"{prefix}_runtime")
+        rate = optional_figure(entry, f"{prefix}_samples_per_second")
         points.append(
             EvaluationPoint(
                 step=int(entry.get("step", 0)),
-                loss=_optional(entry, f"{prefix}_loss"),
-                margin=_optional(entry, f"{prefix}_rewards/margins"),
-                accuracy=_optional(entry, f"{prefix}_rewards/accuracies"),
+                loss=optional_figure(entry, f"{prefix}_loss"),
+                margin=optional_figure(entry, f"{prefix}_rewards/margins"),
+                accuracy=optional_figure(entry, f"{prefix}_rewards/accuracies"),
                 n_rows=round(seconds * rate) if seconds and rate else None,
             )
         )
     return tuple(points)
 
 
-def _optional(entry: Mapping[str, Any], name: str) -> float | None:
+def optional_figure(entry: Mapping[str, Any], name: str) -> float | None:
+    """A figure of a log's entry, None where it was not logged."""
     value = entry.get(name)
     return None if value is None else float(value)
 
@@ -150,8 +156,7 @@ def diagnose(
         evaluations: evaluations on held-out pairs in order, if there were any.
     """
     if not points:
-        message = "Nothing was logged, so nothing can be said."
-        return (HealthNote(level="warning", message=message, check="log"),)
+        return (NOTHING_LOGGED,)
     broken = _not_finite(points)
     if broken is not None:
         return (broken,)
@@ -172,7 +177,7 @@ def diagnose(
     if not any(note.level != "ok" for note in found):
         message = "Nothing in the log calls for a change."
         found.append(HealthNote(level="ok", message=message, check="log"))
-    return _by_level(found)
+    return by_level(found)
 
 
 def findings_so_far(
@@ -203,10 +208,11 @@ def findings_so_far(
         notes.append(_saturated(points))
     if len(points) >= 20:
         notes += [_moving_away(points), _stalled(points)]
-    return _by_level([note for note in notes if note is not None and note.level != "ok"])
+    return by_level([note for note in notes if note is not None and note.level != "ok"])
 
 
-def _by_level(notes: Sequence[HealthNote]) -> tuple[HealthNote, ...]:
+def by_level(notes: Sequence[HealthNote]) -> tuple[HealthNote, ...]:
+    """The notes, the most serious first."""
     order = {"problem": 0, "warning": 1, "ok": 2}
     return tuple(sorted(notes, key=lambda note: order[note.level]))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from prefopt.training.health import HealthNote
+from prefopt.training.health import NOTHING_LOGGED, HealthNote, by_level, optional_figure
 
 # Rollout batches before anything is said that noise could explain.
 _ENOUGH = 8
@@ -66,11 +66,6 @@ class GoldPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def ppo_points(log_history: Iterable[Mapping[str, Any]]) -> tuple[PPOPoint, ...]:
     """The rollout batches in a Trainer's `state.log_history`."""
-
-    def maybe(entry: Mapping[str, Any], name: str) -> float | None:
-        value = entry.get(name)
-        return None if value is None else float(value)
-
     return tuple(
         PPOPoint(
             step=int(entry.get("step", 0)),
@@ -79,13 +74,13 @@ def ppo_points(log_history: Iterable[Mapping[str, Any]]) -> tuple[PPOPoint, ...]
             length=float(entry["rollout/length"]),
             entropy=float(entry["objective/entropy"]),
             rlhf_reward=float(entry["objective/rlhf_reward"]),
-            kl_coef=maybe(entry, "kl_coef"),
-            ended=maybe(entry, "rollout/ended"),
-            failed=maybe(entry, "rollout/failed"),
-            explained_variance=maybe(entry, "value/explained_variance"),
-            clipfrac=maybe(entry, "policy/clipfrac"),
-            approxkl=maybe(entry, "policy/approxkl"),
-            engine_gap=maybe(entry, "rollout/engine_gap"),
+            kl_coef=optional_figure(entry, "kl_coef"),
+            ended=optional_figure(entry, "rollout/ended"),
+            failed=optional_figure(entry, "rollout/failed"),
+            explained_variance=optional_figure(entry, "value/explained_variance"),
+            clipfrac=optional_figure(entry, "policy/clipfrac"),
+            approxkl=optional_figure(entry, "policy/approxkl"),
+            engine_gap=optional_figure(entry, "rollout/engine_gap"),
         )
         for entry in log_history
         if "objective/scores" in entry
@@ -120,8 +115,7 @@ def diagnose_ppo(
         gold: measures that the reward does not see, in order.
     """
     if not points:
-        message = "Nothing was logged, so nothing can be said."
-        return (HealthNote(level="warning", message=message, check="log"),)
+        return (NOTHING_LOGGED,)
     found = list(ppo_findings_so_far(points, kl_target=kl_target, cuts_off=cuts_off, gold=gold))
     if len(points) >= 2 * _ENOUGH and not _not_finite(points):
         stalled = _stalled(points)
@@ -133,7 +127,7 @@ def diagnose_ppo(
             "nats. Nothing in the log calls for a change."
         )
         found.append(HealthNote(level="ok", message=message, check="log"))
-    return _by_level(found)
+    return by_level(found)
 
 
 def ppo_findings_so_far(
@@ -168,12 +162,7 @@ def ppo_findings_so_far(
             _steps(points),
             _hacking(points, gold),
         ]
-    return _by_level([note for note in notes if note is not None])
-
-
-def _by_level(notes: Sequence[HealthNote]) -> tuple[HealthNote, ...]:
-    order = {"problem": 0, "warning": 1, "ok": 2}
-    return tuple(sorted(notes, key=lambda note: order[note.level]))
+    return by_level([note for note in notes if note is not None])
 
 
 def _mean(values: Sequence[float]) -> float:

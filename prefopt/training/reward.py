@@ -39,6 +39,7 @@ from prefopt.out_of_memory import without_memory_settings
 from prefopt.progress import progress_bar
 from prefopt.training.card_parts import front_matter
 from prefopt.training.checkpoints import resume_point, whole_folder
+from prefopt.training.health import optional_figure
 from prefopt.training.loop_settings import loop_arguments
 from prefopt.training.reward_report import RewardReport, ScoredPair, measure_reward
 from prefopt.training.reward_settings import RewardLossName as RewardLossName
@@ -373,7 +374,7 @@ def _points(log_history: Iterable[Mapping[str, Any]]) -> tuple[RewardPoint, ...]
     return tuple(
         RewardPoint(
             step=int(entry.get("step", 0)),
-            grad_norm=None if entry.get("grad_norm") is None else float(entry["grad_norm"]),
+            grad_norm=optional_figure(entry, "grad_norm"),
             **{
                 name: float(entry.get(name, math.nan))
                 for name in ("epoch", "loss", "accuracy", "margin", "mean_reward", "learning_rate")

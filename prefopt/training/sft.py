@@ -43,7 +43,13 @@ from prefopt.models import (
 from prefopt.out_of_memory import without_memory_settings
 from prefopt.training.card_parts import front_matter, notes_list
 from prefopt.training.checkpoints import resume_point, whole_folder
-from prefopt.training.health import HealthNote, diagnose, training_points
+from prefopt.training.health import (
+    HealthNote,
+    by_level,
+    diagnose,
+    optional_figure,
+    training_points,
+)
 from prefopt.training.loop_settings import loop_arguments, loop_problems
 from prefopt.training.token_rows import TokenRow, tokenize_demonstrations
 
@@ -271,7 +277,7 @@ def diagnose_sft(
     notes = [note for note in found if note.check in shared]
     if points:
         notes.append(_learned(points))
-    return tuple(sorted(notes, key=lambda note: ("problem", "warning", "ok").index(note.level)))
+    return by_level(notes)
 
 
 def _learned(points: Sequence[SFTPoint]) -> HealthNote:
@@ -377,7 +383,7 @@ def _points(log_history: Iterable[Mapping[str, Any]]) -> tuple[SFTPoint, ...]:
             accuracy=float(entry["mean_token_accuracy"]),
             entropy=float(entry["entropy"]),
             learning_rate=float(entry["learning_rate"]),
-            grad_norm=None if entry.get("grad_norm") is None else float(entry["grad_norm"]),
+            grad_norm=optional_figure(entry, "grad_norm"),
         )
         for entry in log_history
         if "loss" in entry
