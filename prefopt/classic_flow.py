@@ -25,6 +25,7 @@ from prefopt.flow_stages import (
     answer_stage,
     checked_inputs,
     comparison_stage,
+    flow_problems,
     opened_run,
     preference_stages,
     spent_usd,
@@ -108,16 +109,7 @@ class ClassicConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.k < 2:
-            problems.append(
-                f"k must be at least 2, got {self.k}: with one answer a prompt there is nothing to "
-                "compare"
-            )
-        if self.pairs_per_prompt is not None and self.pairs_per_prompt < 1:
-            problems.append(f"pairs_per_prompt must be at least 1, got {self.pairs_per_prompt}")
-        if self.held_out <= 0:
-            problems.append(f"held_out must be positive, got {self.held_out}")
+        problems = flow_problems(self)
         if not 0.0 < self.reward_held_out < 1.0:
             problems.append(f"reward_held_out must be in (0, 1), got {self.reward_held_out}")
         for name in ("sft_lora", "reward_lora", "ppo_lora"):

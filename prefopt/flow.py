@@ -21,6 +21,7 @@ from prefopt.flow_stages import (
     answer_stage,
     checked_inputs,
     comparison_stage,
+    flow_problems,
     judge_changes,
     opened_run,
     preference_stages,
@@ -84,16 +85,7 @@ class FlowConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.k < 2:
-            problems.append(
-                f"k must be at least 2, got {self.k}: with one answer a prompt there is nothing to "
-                "compare"
-            )
-        if self.pairs_per_prompt is not None and self.pairs_per_prompt < 1:
-            problems.append(f"pairs_per_prompt must be at least 1, got {self.pairs_per_prompt}")
-        if self.held_out <= 0:
-            problems.append(f"held_out must be positive, got {self.held_out}")
+        problems = flow_problems(self)
         if problems:
             raise ValueError("flow settings: " + "; ".join(problems) + ".")
 

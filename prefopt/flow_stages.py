@@ -99,6 +99,21 @@ class FlowSettings(LabelledByJudge, Protocol):
         """Where models run."""
 
 
+def flow_problems(config: FlowSettings) -> list[str]:
+    """What is wrong with the numbers that every flow takes."""
+    problems = []
+    if config.k < 2:
+        problems.append(
+            f"k must be at least 2, got {config.k}: with one answer a prompt there is nothing to "
+            "compare"
+        )
+    if config.pairs_per_prompt is not None and config.pairs_per_prompt < 1:
+        problems.append(f"pairs_per_prompt must be at least 1, got {config.pairs_per_prompt}")
+    if config.held_out <= 0:
+        problems.append(f"held_out must be positive, got {config.held_out}")
+    return problems
+
+
 class Inputs(NamedTuple):
     """What a flow starts from; `weights` is the base model's fingerprint."""
 

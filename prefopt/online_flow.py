@@ -32,6 +32,7 @@ from prefopt.flow_stages import (
     answer_stage,
     checked_inputs,
     comparison_stage,
+    flow_problems,
     opened_run,
     preference_stages,
     spent_usd,
@@ -82,8 +83,7 @@ class OnlineConfig(FlowConfig):
     dpo: DPOSettings = field(default_factory=lambda: DPOSettings(reference="base"))
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        problems = []
+        problems = flow_problems(self)
         if self.rounds < 1:
             problems.append(f"rounds must be at least 1, got {self.rounds}")
         if self.replay_rounds is not None and self.replay_rounds < 0:

@@ -244,7 +244,12 @@ def test_tasks_to_be_kept_are_measured_or_refused_before_work(tiny_model, prompt
 def test_bad_settings_are_told_all_at_once():
     with pytest.raises(ValueError, match="online settings") as told:
         OnlineConfig(
-            out="x", rounds=0, replay_rounds=-1, max_kl=0.0, lora=LoRASettings(continue_from="y")
+            out="x",
+            k=1,
+            rounds=0,
+            replay_rounds=-1,
+            max_kl=0.0,
+            lora=LoRASettings(continue_from="y"),
         )
-    for name in ("rounds", "replay_rounds", "max_kl", "continue_from"):
+    for name in ("k must", "rounds", "replay_rounds", "max_kl", "continue_from"):
         assert name in str(told.value)
