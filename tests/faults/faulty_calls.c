@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
+#include <regex.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -25,6 +26,8 @@ enum { KILL_BEFORE = 0, KILL_AFTER = 1, KILL_TORN = 2, FAIL_ONCE = 3, FAIL_ON = 
 
 static char folder[PATH_MAX];
 static size_t folder_length;
+static regex_t counted_names;
+static int by_name;
 static long counted, nth;
 static int effect, error_number, trace_to = -1;
 static long clock_calls, clock_nth;
@@ -32,10 +35,12 @@ static double clock_jump_s;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* Counts from now on; the n-th call (1 is the first) has the effect; n = 0 only counts.
-   Of FAIL_ONCE and FAIL_ON, `error` is what errno becomes, once or at every call from then on. */
-void fault_arm(const char *under, long n, int what, int error, int trace_fd) {
+   Of FAIL_ONCE and FAIL_ON, `error` is what errno becomes, once or at every call from then on.
+   `only` is an extended regular expression; other paths are not counted. NULL counts all. */
+void fault_arm(const char *under, long n, int what, int error, int trace_fd, const char *only) {
   snprintf(folder, sizeof folder, "%s", under);
   folder_length = strlen(folder);
+  by_name = only && !regcomp(&counted_names, only, REG_EXTENDED | REG_NOSUB);
   counted = 0, nth = n, effect = what, error_number = error, trace_to = trace_fd;
 }
 long fault_count(void) { return counted; }
@@ -69,6 +74,7 @@ static void die(int signum) {
 static int strikes(const char *operation, const char *path, int *last) {
   *last = 0;
   if (!is_under(path)) return 0;
+  if (by_name && regexec(&counted_names, path + folder_length, 0, NULL, 0)) return 0;
   pthread_mutex_lock(&lock);
   long n = ++counted;
   pthread_mutex_unlock(&lock);

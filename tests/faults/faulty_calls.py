@@ -53,15 +53,26 @@ def preloaded_environment() -> dict[str, str] | None:
     return {**os.environ, "LD_PRELOAD": str(library)}
 
 
-def arm(folder: str, *, nth: int = 0, effect: Effect = "kill", trace: str | None = None) -> None:
+def arm(
+    folder: str,
+    *,
+    nth: int = 0,
+    effect: Effect = "kill",
+    trace: str | None = None,
+    only: str | None = None,
+) -> None:
     """From now on count this process's calls under `folder`; the nth (from 1) has the effect.
 
-    With `nth=0` nothing ever happens. `trace` is a file that gets a line for every call.
+    With `nth=0` nothing ever happens. `trace` is a file that gets a line for every call. `only` is a
+    regular expression (POSIX, extended): calls whose path in the folder it does not find are not
+    counted.
     """
     library = ctypes.CDLL(None)
     number, error = _EFFECTS[effect]
     to = -1 if trace is None else os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    library.fault_arm(folder.encode(), ctypes.c_long(nth), number, error, to)
+    library.fault_arm(
+        folder.encode(), ctypes.c_long(nth), number, error, to, only and only.encode()
+    )
 
 
 def arm_clock(*, nth: int, jump_s: float) -> None:
