@@ -3,6 +3,7 @@
     python benchmarks/rlhf_frontier.py                          # sentences, 3 seeds; writes results/
     python benchmarks/rlhf_frontier.py --parts stories          # another model, needs PREFOPT_DATA
     python benchmarks/rlhf_frontier.py --parts smollm2          # DPO on SmolLM2-135M, LoRA
+    python benchmarks/rlhf_frontier.py --parts smollm2_gpu --device cuda --seeds 10 11 12 13 14
     python benchmarks/rlhf_frontier.py --seeds 0 --quick        # writes nothing
 
 The experiment of the DPO paper (Rafailov et al. 2023, arXiv:2305.18290, fig. 2), small enough for a
@@ -12,13 +13,15 @@ CPU: at most 15 minutes of one thread for a seed of `sentences` or `stories`.
     stories    lm_stories260k, a Llama of 260,032 parameters over pieces of words, in the folder
                PREFOPT_DATA (default ../shared/data)
     smollm2    SmolLM2-135M-Instruct as a plain text model
+    smollm2_gpu  the same with as many prompts as the small models have, and PPO; on a GPU, where seeds
+               may run in processes of their own that share a --cache
 
 The gold reward is a statistic of the answer's text with mean 0 and standard deviation 1 under the
 reference, clipped at 3: known, without a judge, and real-valued, so that best-of-n hardly meets ties.
 
     ReadingLevel  (sentences, stories) by Coleman and Liau (1975): 0.0588 L - 0.296 S - 15.8, with L
                   letters and S sentence ends in 100 words
-    Sentiment     (smollm2) the words' valences by VADER's lexicon (Hutto and Gilbert 2014; means over
+    Sentiment     (smollm2*) the words' valences by VADER's lexicon (Hutto and Gilbert 2014; means over
                   ten people; `pip install --no-deps vaderSentiment`), their sum over the root of the
                   number of words
 
@@ -266,6 +269,11 @@ class World:
     first: int  # the token that every opening begins with
     gold: Gold = field(init=False)
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model is on a CPU, where trainings shall stay too."""
+        return bool(self.model.device.type == "cpu")
+
     def __post_init__(self) -> None:
         self.gold = self.setting.gold()
 
@@ -309,6 +317,34 @@ class World:
         )
 
 
+SETTINGS["smollm2_gpu"] = dataclasses.replace(
+    SETTINGS["smollm2"],
+    train=8192,
+    test=128,
+    drawn=16,
+    pool=128,
+    at_once=4096,
+    betas=(0.5, 1.0),
+    dpo={
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 64,
+        "micro_batch_tokens": 8192,
+        "lr_scheduler_type": "cosine",
+    },
+    target=0.9,
+    ppo={
+        "kl_coef": 0.5,
+        "learning_rate": 3e-4,
+        "value_learning_rate": 1e-3,
+        "per_device_train_batch_size": 128,
+        "num_generations": 4,
+        "num_rollouts": 60,
+        "num_ppo_epochs": 2,
+        "micro_batch_tokens": 65536,
+        "generation_batch_size": 1024,
+    },
+)
+
 # --- Measuring ------------------------------------------------------------------------------------
 
 
@@ -319,9 +355,9 @@ def token_logps(model: Any, trees: Sequence[AnswerTree]) -> np.ndarray:
     scoring = choose_scoring(model)
     with torch.no_grad(), tree_attention(model, scoring):
         for part in split_by_tokens([tree.n_tokens for tree in trees], 4096):
-            batch = scoring.batch([trees[i] for i in part], 0)
+            batch = scoring.batch([trees[i] for i in part], 0).to(model.device)
             scores = score_answers(model, batch, scoring, statistics=False).tokens.logprobs
-            found[part] = scores.view(len(part), k, length).numpy()
+            found[part] = scores.view(len(part), k, length).cpu().numpy()
     return found
 
 
@@ -436,12 +472,12 @@ def reference_of(policy: Any, model: Any) -> Iterator[Any]:
 # --- Training, by prefopt's trainers -------------------------------------------------------------
 
 
-def common(folder: str, seed: int, more: Figures) -> Figures:
+def common(folder: str, seed: int, more: Figures, on_cpu: bool) -> Figures:
     """Settings that the trainers share."""
     return {
         "output_dir": folder,
         "seed": seed,
-        "use_cpu": True,
+        "use_cpu": on_cpu,
         "bf16": False,
         "save_strategy": "no",
         "logging_steps": 1000,
@@ -473,7 +509,7 @@ def labelled(trees: Sequence[AnswerTree], rewards: np.ndarray) -> Dataset:
 
 def train_dpo(world: World, rows: Dataset, seed: int, folder: str, more: Figures) -> Any:
     """DPO on soft labels; with the loss "sft", only the better answers of all pairs are learned."""
-    settings = common(folder, seed, world.setting.dpo) | {
+    settings = common(folder, seed, world.setting.dpo, world.on_cpu) | {
         "gradient_checkpointing": False,
         "max_length": None,
         "num_train_epochs": 1,
@@ -492,17 +528,19 @@ def train_dpo(world: World, rows: Dataset, seed: int, folder: str, more: Figures
 
 def train_ppo(world: World, prompts: Sequence[Ids], seed: int, folder: str) -> Any:
     """PPO on the gold reward itself."""
+    lora = world.setting.lora
     trainer = prefopt.PPOTrainer(
-        copy.deepcopy(world.model),
+        world.model if lora else copy.deepcopy(world.model),
         lambda _, answers: [world.gold(text) for text in answers],
         prefopt.PPOConfig(
-            **common(folder, seed, world.setting.ppo or {}),
+            **common(folder, seed, world.setting.ppo or {}, world.on_cpu),
             max_new_tokens=world.setting.length,
             stop_token_ids=[],
             num_logged_answers=0,
         ),
         Dataset.from_dict({"prompt_ids": [list(prompt) for prompt in prompts]}),
         processing_class=world.tokenizer,
+        peft_config=lora_config(LoRASettings()) if lora else None,
     )
     trainer.train()
     return trainer.model.eval()
@@ -617,22 +655,31 @@ def stories() -> tuple[Any, Any, int, str]:
 
 def smollm2() -> tuple[Any, Any, int, str]:
     """SmolLM2-135M-Instruct as a plain text model: its documents begin with <|endoftext|>."""
-    loaded = load_model("demo")
+    loaded = load_model("demo", dtype="float32")
     return loaded.model, loaded.tokenizer, 0, "SmolLM2-135M-Instruct (plain text)"
 
 
-MODELS = {"sentences": sentences, "stories": stories, "smollm2": smollm2}
+MODELS = {
+    "sentences": sentences, "stories": stories, "smollm2": smollm2, "smollm2_gpu": smollm2,
+}  # fmt: skip
 
 
 # --- The parts -----------------------------------------------------------------------------------
 
 
-def run_part(part: str, seeds: Sequence[int], folder: Path, say: Callable[[str], None]) -> Figures:
+def run_part(
+    part: str,
+    seeds: Sequence[int],
+    folder: Path,
+    say: Callable[[str], None],
+    device: str = "cpu",
+) -> Figures:
     """All policies of one model. Each that is measured is kept in `folder` and not done again."""
     setting = SETTINGS[part]
     folder.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     model, tokenizer, first, name = MODELS[part]()
+    model = model.to(device)
     world = World(model, tokenizer, setting, first)
     prompts = world.openings(setting.test + setting.train, setting.prompts_seed)
     test, train = prompts[: setting.test], prompts[setting.test :]
@@ -735,12 +782,13 @@ def run_frontier(
     folder: str | Path,
     parts: Sequence[str] = ("sentences",),
     say: Callable[[str], None] = print,
+    device: str = "cpu",
 ) -> Figures:
     """Measure the parts; every policy is kept in `folder`, so that a stopped call goes on."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     logging.getLogger("prefopt").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
-    return {part: run_part(part, seeds, Path(folder), say) for part in parts}
+    return {part: run_part(part, seeds, Path(folder), say, device) for part in parts}
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -849,15 +897,20 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12])
     parser.add_argument("--cache", type=Path, help="keeps finished policies; None: kept nowhere")
     parser.add_argument("--quick", action="store_true", help="no files")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        parts = run_frontier(options.seeds, options.cache or temporary, options.parts)
+        parts = run_frontier(
+            options.seeds, options.cache or temporary, options.parts, device=options.device
+        )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
     for part in parts.values():
         part["commit"] = commit
         part["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        if options.device == "cuda":
+            part["machine"] = torch.cuda.get_device_name()
         part["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(table({"parts": parts}))
     if not options.quick:

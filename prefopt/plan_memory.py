@@ -153,8 +153,8 @@ def _trace(
     register_attention()
     matrix_product(torch.zeros(16, 2), torch.zeros(2, 2))  # tries its library once, with numbers
     fused = NOTHING_FUSED
-    if not settings.on_gpu and settings.dtype == "float32":
-        fused = _fused_kinds(config)
+    if settings.on_gpu or settings.dtype == "float32":
+        fused = _fused_kinds(config)._replace(any_dtype=settings.on_gpu)
     model = meta_model(config, getattr(torch, settings.dtype))
     if settings.lora is not None:
         model = wrap_with_adapter(model, lora_config(settings.lora))
@@ -345,10 +345,15 @@ def _part_of(module_name: str) -> str | None:
 
 
 def _fused_kinds(config: Any) -> FusedPlan:
-    """Which layers of this architecture run fused on a CPU: found on one layer with numbers."""
+    """Which layers of this architecture run fused: found on one layer with numbers."""
     from transformers import AutoModelForCausalLM
 
     small = with_layers(config, 1)
+    text = small.get_text_config()
+    # What kind of layer it is does not hang on these, and they are most of a large model's numbers.
+    for name, few in (("vocab_size", 8), ("pad_token_id", None), ("intermediate_size", 64)):
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, few)
     with torch.random.fork_rng(devices=[]):
         real = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
     real.requires_grad_(False)
@@ -362,9 +367,8 @@ def _fused_modules(model: Any, kinds: FusedPlan) -> FusedPlan:
     norms = [(m, eps[type(m)]) for m in model.modules() if type(m) in eps]
     if any(p.requires_grad for m, _ in norms for p in m.parameters()):
         norms = []
-    return FusedPlan(
-        tuple(norms), tuple(m for m in model.modules() if type(m) in mlps), kinds.rotaries
-    )
+    mine = tuple(m for m in model.modules() if type(m) in mlps)
+    return kinds._replace(norms=tuple(norms), mlps=mine)
 
 
 @contextlib.contextmanager

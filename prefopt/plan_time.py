@@ -216,9 +216,10 @@ def _model(config: Any, settings: StepSettings, passes: Pass) -> Any:
 
     from prefopt.models import lora_config, wrap_with_adapter
 
+    device = torch.device("cuda" if settings.on_gpu else "cpu")
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
-        model.to("cuda" if settings.on_gpu else "cpu")
+        with device:  # a CPU would take longer to draw a large model's weights than all the rest
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
         if settings.lora is not None:
             model = wrap_with_adapter(model, lora_config(settings.lora))
     if settings.lora is None and passes != "logprobs":

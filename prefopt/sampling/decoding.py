@@ -28,7 +28,12 @@ from torch.nn.utils.rnn import pad_sequence
 from prefopt.matrix_product import matrix_product
 from prefopt.sampling.draws import draw_tokens
 from prefopt.sampling.slots import Slots, fitting_slots
-from prefopt.training.fused_model import FusedPlan, fused_layers, plan_fused_layers
+from prefopt.training.fused_model import (
+    NOTHING_FUSED,
+    FusedPlan,
+    fused_layers,
+    plan_fused_layers,
+)
 from prefopt.training.tree_model import base_model, has_virtual_tokens
 from prefopt.types import content_hash
 
@@ -355,7 +360,9 @@ def _ready_to_generate(model: Any) -> Iterator[None]:
         module.training = False
     try:
         if base not in _PLANS:
-            _PLANS[base] = plan_fused_layers(model)
+            # A GPU decodes a token in less time than the call of a compiled kernel takes to prepare.
+            on_cpu = next(base.parameters()).device.type == "cpu"
+            _PLANS[base] = plan_fused_layers(model) if on_cpu else NOTHING_FUSED
         with torch.no_grad(), fused_layers(model, _PLANS[base]), _fast_products(base):
             yield
     finally:

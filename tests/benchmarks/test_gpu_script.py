@@ -71,7 +71,7 @@ def test_without_out_a_cpu_writes_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "quiet", lambda: None)
     monkeypatch.setattr(gpu, "correctness", lambda args: {"scores": [], "training": []})
     gpu.main([*ON_A_CPU, "--only", "correctness"])
-    assert "# DPO on one device" in capsys.readouterr().out
+    assert "# On one device" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
 
 

@@ -232,3 +232,52 @@ def test_gradients_at_ragged_lengths_are_those_of_the_dense_mask(heads, softcap)
         torch.testing.assert_close(
             found, expected, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_elementwise_layers_run_as_one_kernel_each(dtype):
+    """Values and gradients against the model's own layers, and less is kept for the backward pass."""
+    from prefopt.training.fused_model import NOTHING_FUSED, fused_layers, plan_fused_layers
+
+    torch.manual_seed(0)
+    model = gpu.transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(gpu.families()["qwen3 (norms of q and k)"]), dtype=dtype
+    ).to(DEVICE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" not in name)
+    plan = plan_fused_layers(model)
+    assert (len(plan.norms), len(plan.mlps), len(plan.rotaries)) == (9, 2, 1)
+    exact = copy.deepcopy(model).double()
+    errors, kept = {}, {}
+
+    def gradients(of, logits):
+        layers = [p for p in of.model.layers.parameters() if p.requires_grad]
+        found = torch.autograd.grad(logits.float().square().mean(), layers)
+        return torch.cat([g.double().flatten() for g in found])
+
+    for name, each in (("fused", plan), ("own", NOTHING_FUSED)):
+        for length in (40, 77, 300):  # compiled for one, then for any
+            draw = torch.Generator().manual_seed(length)
+            ids = torch.randint(211, (1, length), generator=draw).to(DEVICE)
+            expected = exact(ids).logits
+            wanted = gradients(exact, expected)
+            expected = expected.detach()
+            before = torch.cuda.memory_allocated()
+            with fused_layers(model, each):
+                found = model(ids).logits
+                kept[name] = torch.cuda.memory_allocated() - before
+                given = gradients(model, found)
+            errors.setdefault(name, []).append(
+                (gpu.relative(found.detach().double(), expected), gpu.relative(given, wanted))
+            )
+            del found
+    for fused, own in zip(errors["fused"], errors["own"], strict=True):
+        assert fused[0] <= 2 * own[0] + 1e-6
+        assert fused[1] <= 2 * own[1] + 1e-6
+    assert kept["fused"] < 0.8 * kept["own"]
+
+
+@on_cuda
+def test_every_trainer_does_what_it_does_on_a_cpu():
+    assert [r for r in gpu.gpu_trainers.check(DEVICE, gpu.make_tokenizer()) if not r["right"]] == []
