@@ -24,17 +24,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import filelock
 import msgspec
 
 from prefopt.data.records import (
     disk_errors_told,
     read_records,
-    unwritable,
     write_bytes,
     write_records,
 )
 from prefopt.errors import RunError
+from prefopt.folder_lock import lock_folder
 from prefopt.types import content_hash
 
 logger = logging.getLogger(__name__)
@@ -90,16 +89,7 @@ class Run:
         self.folder = Path(folder)
         self.on_change = on_change
         self._config = json.loads(msgspec.json.encode(config))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(self.folder / ".lock")
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise RunError(
-                f"another process is working in {self.folder}. Wait for it, or choose another folder."
-            ) from error
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
+        self._lock = lock_folder(self.folder)
         try:
             self._open()
         except BaseException:

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import filelock
 import msgspec
 
 from prefopt.data.export import check_export
 from prefopt.data.export_formats import CHARACTERS_A_TOKEN, FORMATS, Format
-from prefopt.data.records import unwritable, write_bytes
+from prefopt.data.records import write_bytes
 from prefopt.errors import DataError, HostedError, RunError
+from prefopt.folder_lock import locked_folder
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +335,7 @@ def create_job(plan: JobPlan, folder: str | Path) -> JobRecord:
         RunError: the folder holds another job.
         HostedError: AWS refuses or cannot be reached. Nothing was made, unless the message says so.
     """
-    with _locked(folder):
+    with locked_folder(Path(folder)):
         if (Path(folder) / "job.json").exists():
             known = _read(folder)
             differences = _differences(known, plan.record)
@@ -360,7 +360,7 @@ def resume_job(folder: str | Path) -> JobRecord:
         DataError: the data changed since the job was begun.
         HostedError: AWS refuses or cannot be reached.
     """
-    with _locked(folder):
+    with locked_folder(Path(folder)):
         return _submit(_read(folder), folder)
 
 
@@ -611,23 +611,6 @@ def _status(job: Mapping[str, Any]) -> JobStatus:
 
 
 # --- The folder --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise RunError(f"another process is at the job in {folder}. Wait for it.") from error
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _read(folder: str | Path) -> JobRecord:

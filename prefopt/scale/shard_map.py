@@ -13,10 +13,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import filelock
 import msgspec
 
-from prefopt.data.records import unwritable
 from prefopt.data.shards import (
     Manifest,
     Shard,
@@ -29,6 +27,7 @@ from prefopt.data.shards import (
     write_table,
 )
 from prefopt.errors import DataError, RunError
+from prefopt.folder_lock import locked_folder
 from prefopt.progress import progress_bar
 from prefopt.scale.settings import ScaleSettings
 from prefopt.types import content_hash
@@ -102,7 +101,7 @@ def map_shards(
     asked["source"] = source.fingerprint[:16]
     with contextlib.ExitStack() as stack:
         for output in outputs.values():
-            stack.enter_context(_locked(output.folder))
+            stack.enter_context(locked_folder(output.folder))
         done = _finished(outputs, asked)
         left = [shard for shard in source.shards if shard.name not in done]
         bar = stack.enter_context(
@@ -183,24 +182,6 @@ class _Here:
             opened = work.open()
             for task in tasks:
                 yield do_task(opened, task)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise RunError(
-            f"another process is working in {folder}. Wait for it, or choose another folder."
-        ) from error
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _finished(outputs: Mapping[str, Output], asked: dict[str, str]) -> dict[str, dict[str, Shard]]:

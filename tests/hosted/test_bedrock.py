@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import boto3
 import msgspec
@@ -16,6 +17,7 @@ from botocore.stub import Stubber
 
 from prefopt.cli import main
 from prefopt.errors import DataError, HostedError, RunError
+from prefopt.folder_lock import locked_folder
 from prefopt.hosted import bedrock
 from prefopt.hosted.bedrock import (
     create_job,
@@ -302,7 +304,7 @@ def test_somebody_else_s_job_of_the_same_name_is_never_taken_for_ours(aws):
 
 
 def test_two_processes_do_not_work_on_one_job(aws):
-    with bedrock._locked("job"), pytest.raises(RunError, match="another process"):
+    with locked_folder(Path("job")), pytest.raises(RunError, match="another process"):
         create_job(planned(), "job")
 
 
