@@ -28,6 +28,7 @@ from prefopt.evaluation.history_changes import SURE_P, CapabilityChange, Change
 from prefopt.evaluation.history_trends import TaskTrend, p_said, task_trends
 from prefopt.evaluation.report_tables import task_rows
 from prefopt.evaluation.win_rate import Result
+from prefopt.page_template import page_environment
 from prefopt.types import Verdict
 
 if TYPE_CHECKING:
@@ -169,21 +170,8 @@ class _Pages:
     """One method a page."""
 
     def __init__(self, history: History) -> None:
-        import jinja2
-
         self.history = history
-        self.environment = jinja2.Environment(
-            loader=jinja2.ChoiceLoader(
-                [
-                    jinja2.PackageLoader("prefopt.evaluation", "templates"),
-                    jinja2.PackageLoader("prefopt.judges", "templates"),
-                ]
-            ),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
+        self.environment = page_environment("evaluation", "judges")
         self.environment.filters.update(percent=percent, signed_percent=signed_percent)
         self.environment.globals.update(
             interval=interval, sure_p=SURE_P, results=get_args(Result), verdict_line=_verdict_line,

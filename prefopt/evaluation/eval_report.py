@@ -45,6 +45,7 @@ from prefopt.evaluation.sequential import SequentialResult
 from prefopt.evaluation.style_control import StyleControl, style_controlled_win_rate
 from prefopt.evaluation.win_rate import Result, WinRate, result_of, win_rate
 from prefopt.judges.rubric import Rubric
+from prefopt.page_template import page_environment
 from prefopt.training.health import HealthNote
 from prefopt.types import JudgedComparison, LeftOut, PreferenceGroup, Prompt
 
@@ -328,16 +329,7 @@ def report_markdown(report: EvalReport) -> str:
 
 
 def _render(template: str, report: EvalReport, *, autoescape: bool, **extra: Any) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prefopt.evaluation", "templates"),
-        autoescape=autoescape,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = page_environment("evaluation", autoescape=autoescape)
     environment.filters.update(
         percent=percent,
         signed_percent=signed_percent,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from prefopt.page_template import page_environment
 
 if TYPE_CHECKING:
     from prefopt.judges.calibrate import CalibrationReport
@@ -12,27 +13,22 @@ if TYPE_CHECKING:
 
 def calibration_page(report: CalibrationReport) -> str:
     """The report as HTML."""
-    import jinja2
-
     from prefopt.judges.calibrate import FIGURES
     from prefopt.judges.calibration import UNINFORMATIVE
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     shown = report.sets if len(report.sets) == 1 else (report.overall, *report.sets)
-    return environment.get_template("calibration_report.html.j2").render(
-        report=report,
-        shown=[
-            (found, [(words, getattr(found, field)) for field, words in FIGURES.items()])
-            for found in shown
-        ],
-        uninformative=UNINFORMATIVE,
-        diagram=reliability_diagram(report) if report.calibration else "",
+    return (
+        page_environment("judges")
+        .get_template("calibration_report.html.j2")
+        .render(
+            report=report,
+            shown=[
+                (found, [(words, getattr(found, field)) for field, words in FIGURES.items()])
+                for found in shown
+            ],
+            uninformative=UNINFORMATIVE,
+            diagram=reliability_diagram(report) if report.calibration else "",
+        )
     )
 
 

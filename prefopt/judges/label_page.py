@@ -5,10 +5,10 @@ It draws what the report says and works out nothing of its own. No script, no fo
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.judges.label_report import P_CHOSEN_NOTE
+from prefopt.page_template import page_environment
 
 if TYPE_CHECKING:
     from prefopt.judges.label_report import LabelReport
@@ -24,37 +24,32 @@ CANARY_WORDS = {
 
 def label_page(report: LabelReport) -> str:
     """The report as HTML."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("label_report.html.j2").render(
-        report=report,
-        outcomes=_bars(report.outcomes, report.n_comparisons),
-        grades=_bars(
-            {_WORDS[int(g)]: n for g, n in report.grades.items()}, sum(report.grades.values())
-        ),
-        orders=_orders(report),
-        certainty=_bars(
-            {
-                f"{0.5 + i * 0.05:.2f} to {0.55 + i * 0.05:.2f}": n
-                for i, n in enumerate(report.p_chosen)
-            },
-            report.n_labels,
-        ),
-        shares=[
-            ("Winner changes with the order", report.flips, None),
-            ("First place wins", report.first_place, 0.5),
-            ("Ties", report.ties, None),
-            ("Longer answer wins", report.longer_wins, 0.5),
-        ],
-        canary_words=CANARY_WORDS,
-        p_chosen_note=P_CHOSEN_NOTE,
+    return (
+        page_environment("judges")
+        .get_template("label_report.html.j2")
+        .render(
+            report=report,
+            outcomes=_bars(report.outcomes, report.n_comparisons),
+            grades=_bars(
+                {_WORDS[int(g)]: n for g, n in report.grades.items()}, sum(report.grades.values())
+            ),
+            orders=_orders(report),
+            certainty=_bars(
+                {
+                    f"{0.5 + i * 0.05:.2f} to {0.55 + i * 0.05:.2f}": n
+                    for i, n in enumerate(report.p_chosen)
+                },
+                report.n_labels,
+            ),
+            shares=[
+                ("Winner changes with the order", report.flips, None),
+                ("First place wins", report.first_place, 0.5),
+                ("Ties", report.ties, None),
+                ("Longer answer wins", report.longer_wins, 0.5),
+            ],
+            canary_words=CANARY_WORDS,
+            p_chosen_note=P_CHOSEN_NOTE,
+        )
     )
 
 

@@ -1,0 +1,28 @@
+"""HTML and Markdown pages from the templates that lie in a room's `templates/`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+def page_environment(*rooms: str, autoescape: bool = True) -> jinja2.Environment:
+    """Finds the templates of rooms such as "judges", the first that has one of that name.
+
+    Everything that a template is given is escaped for HTML unless `autoescape` is False, and a name
+    that it is not given is an error.
+    """
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader(f"prefopt.{room}", "templates") for room in rooms]
+        ),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
