@@ -35,7 +35,7 @@ from prefopt.testing import (
     verdict_reply,
 )
 from prefopt.testing.serve import fake_from_arguments
-from prefopt.testing.serving import serve_in_thread
+from prefopt.testing.serving import serve, serve_in_thread
 
 REQUEST = {
     "model": "claude-sonnet-5-5",
@@ -120,6 +120,20 @@ def test_a_port_of_this_machine_will_do_as_well():
     with fake.serve(port=0) as base_url:
         assert base_url.startswith("http://127.0.0.1:")
         assert asyncio.run(call(base_url)).content[1].text == "x"
+
+
+def test_another_event_loop_will_do_as_well(path):
+    """Other servers of a process may have made it uvloop's, whose transports are no asyncio ones."""
+    uvloop = pytest.importorskip("uvloop")
+    fake = FakeAnthropic(lambda params: "x")
+
+    async def main():
+        client = socket_client(path, max_retries=0, timeout=5.0)
+        async with serve(fake.respond, unix_path=path), client:
+            return await client.messages.create(**REQUEST)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(main()).content[1].text == "x"
 
 
 def test_many_requests_at_once_and_one_connection_after_another(path):
