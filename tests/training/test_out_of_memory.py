@@ -1,7 +1,7 @@
 """A step that does not fit the memory: the setting named does fit, and training goes on with it."""
 
-import re
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
