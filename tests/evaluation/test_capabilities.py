@@ -67,7 +67,8 @@ class Forwards:
 
     def __init__(self, model):
         self.count = 0
-        self._handle = model.register_forward_pre_hook(self._add)
+        # Some versions of PEFT call the model's `forward` itself, past any hook of the model.
+        self._handle = model.get_input_embeddings().register_forward_pre_hook(self._add)
 
     def _add(self, *_):
         self.count += 1
