@@ -215,6 +215,7 @@ def test_what_the_manifest_vouches_for_is_on_the_disk_by_then(world):
     assert last["/adapter.tmp/adapter_model.safetensors"] == "fsync"
 
 
+@pytest.mark.slow  # as the campaign is: it needs the same server, process and undisturbed run
 def test_the_campaign_notices_what_it_is_there_to_notice(world):
     """A lost verdict, another byte, a second bill and an untold error are all found."""
     from tests.faults.flow_campaign import Broken
