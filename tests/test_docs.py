@@ -300,11 +300,6 @@ def test_an_adapter_loads_as_the_docs_say(folder):
 # --- Commands, files and links ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def parser():
-    return build_parser()
-
-
 def shown_commands(page):
     """`prefopt ...` in fenced and in indented blocks, each in one line, without what a shell adds."""
     text = "\n".join([*blocks(page, "bash"), *blocks(page, "sh")])
@@ -326,7 +321,7 @@ def shown_commands(page):
 COMMANDS = [(page, words) for page in PAGES for words in shown_commands(page)]
 
 
-def test_every_command_of_the_docs_is_accepted_with_all_its_options(parser, folder, capsys):
+def test_every_command_of_the_docs_is_accepted_with_all_its_options(folder, capsys):
     """By the real parser, which checks names, types, choices, and that nothing needed is missing."""
     from prefopt.cli import _several_models
 
@@ -334,7 +329,7 @@ def test_every_command_of_the_docs_is_accepted_with_all_its_options(parser, fold
     refused = []
     for page, words in COMMANDS:
         try:
-            parser.parse_args(_several_models(words))
+            build_parser().parse_args(_several_models(words))
         except SystemExit as end:
             if end.code != 0:  # --help and --print_config end with 0
                 said = capsys.readouterr().err.strip().splitlines()[-1:]
@@ -343,7 +338,7 @@ def test_every_command_of_the_docs_is_accepted_with_all_its_options(parser, fold
     assert not refused, "\n".join(refused)
 
 
-def test_commands_named_in_the_text_exist(parser):
+def test_commands_named_in_the_text_exist():
     """`prefopt judge label` in a sentence, without options."""
 
     def names_below(commands):
@@ -353,17 +348,17 @@ def test_commands_named_in_the_text_exist(parser):
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for found in re.findall(r"`prefopt ((?:[a-z][a-z_-]*)(?: [a-z_-]+)?)", text):
-            known = names_below(parser)
+            known = names_below(build_parser())
             for word in found.split():
                 if known:
                     assert word in known, f"{page.name}: prefopt {found}"
                     known = names_below(known[word])
 
 
-def test_the_yaml_of_the_docs_is_accepted(parser, tmp_path):
+def test_the_yaml_of_the_docs_is_accepted(tmp_path):
     (block,) = blocks(DOCS / "own-data.md", "yaml")
     (tmp_path / "my.yaml").write_text(block)
-    parsed = parser.parse_args(["run", "--config", str(tmp_path / "my.yaml"), "--out", "x"])
+    parsed = build_parser().parse_args(["run", "--config", str(tmp_path / "my.yaml"), "--out", "x"])
     assert parsed.run.judge == "anthropic:claude-sonnet-5-5"
 
 

@@ -368,19 +368,14 @@ def _config(data: bytes) -> None:
     check_config_file(_file("options.yaml", data))
 
 
-@functools.cache
-def _parser() -> Any:
-    from prefopt.cli import build_parser
-
-    return build_parser()
-
-
 def _command(data: bytes) -> None:
     import contextlib
     import io
 
+    from prefopt.cli import build_parser
+
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        _parser().parse_args(["run", "--config", str(_file("options.yaml", data))])
+        build_parser().parse_args(["run", "--config", str(_file("options.yaml", data))])
 
 
 def _run_folder(data: bytes) -> None:
