@@ -1,5 +1,6 @@
 """Customization jobs against moto's server over a socket; refusals it cannot make, by a Stubber."""
 
+import functools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import boto3
 import msgspec
 import pytest
 from botocore.exceptions import ClientError
+from botocore.loaders import JSONFileLoader
 from botocore.stub import Stubber
 
 from prefopt.cli import main
@@ -45,6 +47,15 @@ AWS = {
     "AWS_SHARED_CREDENTIALS_FILE": "/nowhere/credentials",
     "AWS_MAX_ATTEMPTS": "2",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def descriptions_are_read_once():
+    """Every session reads megabytes of JSON about AWS's services anew, though they do not change."""
+    read = functools.cache(JSONFileLoader().load_file)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(JSONFileLoader, "load_file", lambda self, path: read(path))
+        yield
 
 
 @pytest.fixture(scope="module")
