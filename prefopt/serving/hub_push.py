@@ -232,16 +232,30 @@ def push(plan: PushPlan) -> list[str]:
 
 
 def _ask_before(api: HfApi, plan: PushPlan) -> None:
-    from huggingface_hub import DatasetCard, ModelCard
     from huggingface_hub.errors import RepositoryNotFoundError
 
     for upload in plan.uploads:
-        (ModelCard if upload.repo_type == "model" else DatasetCard)(upload.card).validate()
+        _check_card(upload)
         if plan.private:
             try:
                 _must_be_private(api, upload)
             except RepositoryNotFoundError:
                 continue
+
+
+def _check_card(upload: Upload) -> None:
+    """Ask the Hub that is set; huggingface_hub's own question went to huggingface.co before 2.2."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import hf_raise_for_status
+
+    response = get_session().post(
+        f"{constants.ENDPOINT}/api/validate-yaml",
+        json={"repoType": upload.repo_type, "content": upload.card},
+        headers={"Accept": "text/plain"},
+    )
+    if response.status_code == 400:
+        raise ValueError(response.text)
+    hf_raise_for_status(response)
 
 
 def _must_be_private(api: HfApi, upload: Upload) -> None:
@@ -414,6 +428,8 @@ def _repo_problems(name: str) -> list[str]:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    if name != name.strip():
+        return [f"{name!r} is no name on the Hub: it begins or ends with white space"]
     try:
         validate_repo_id(name)
     except HFValidationError as error:
