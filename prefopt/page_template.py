@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import jinja2
 
 
+@functools.cache
 def page_environment(*rooms: str, autoescape: bool = True) -> jinja2.Environment:
     """Finds the templates of rooms such as "judges", the first that has one of that name.
 
     Everything that a template is given is escaped for HTML unless `autoescape` is False, and a name
-    that it is not given is an error.
+    that it is not given is an error. The same rooms get the same environment every time, since to
+    compile a template takes longer than to fill it in.
     """
     import jinja2
 
