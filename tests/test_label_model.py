@@ -95,7 +95,7 @@ def test_a_judges_parameters_are_recovered_from_tournaments():
 
 def test_three_judges_and_their_reliabilities_are_told_apart():
     rng = np.random.default_rng(2)
-    n = 1500
+    n = 600
     q = rng.normal(size=(n, 2))
     judges = [
         JudgeParameters(slope=2.0, position_bias=1.0, tie=0.5, strong=2.0),

@@ -286,12 +286,13 @@ def test_a_model_is_measured_with_its_adapter_on_and_off(tiny, tmp_path) -> None
     assert again.answers == report.answers
 
 
-def test_capabilities_are_measured_on_request_and_a_misspelt_task_at_once(tiny, tmp_path) -> None:
-    pytest.importorskip("lm_eval")
+def test_capabilities_are_measured_on_request_and_a_folder_without_tasks_is_told_at_once(
+    tiny, tmp_path
+) -> None:
     model, adapter, prompts = tiny
-    with pytest.raises(DataError, match="did you mean prefopt_plain_text"):
+    with pytest.raises(DataError, match=r"no \*\.yaml file"):
         evaluate_model(
-            prompts, model, adapter, tmp_path / "no", **options(capabilities="prefopt_plane_text")
+            prompts, model, adapter, tmp_path / "no", **options(capabilities=str(tmp_path))
         )
     assert not (tmp_path / "no").exists()
     report = evaluate_model(

@@ -463,13 +463,10 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, how, mini_batch
         "num_rollouts": 5, "num_mini_batches": mini_batches, "kl_target": 1.0, "kl_horizon": 50.0,
         "lr_scheduler_type": "linear", "logging_steps": 2 * mini_batches, "replay": GENERAL, **how,
     }  # fmt: skip
-    whole = trained(tmp_path / "a", **common)
     steps = 2 * mini_batches  # of a rollout batch; two batches are an epoch
-    stopped = make_trainer(tmp_path / "b", save_strategy="steps", save_steps=3 * steps, **common)
-    stopped.train()
-    checkpoint = tmp_path / "b" / f"checkpoint-{3 * steps}"
+    whole = trained(tmp_path / "a", save_strategy="steps", save_steps=3 * steps, **common)
     resumed = make_trainer(tmp_path / "b", **common)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{3 * steps}"))
     assert_same(weights(resumed), weights(whole))
     assert resumed.kl_coef == whole.kl_coef
     assert resumed._experience.answer_ids == whole._experience.answer_ids
