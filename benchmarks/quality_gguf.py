@@ -27,22 +27,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prefopt.data.prompts import load_prompts, plain_texts  # noqa: E402
-from prefopt.evaluation.eval_report import installed_versions  # noqa: E402
-from prefopt.models import (  # noqa: E402
+from prefopt.data.prompts import load_prompts, plain_texts
+from prefopt.evaluation.eval_report import installed_versions
+from prefopt.models import (
     LanguageModel,
     LoRASettings,
     load_model,
     lora_config,
     wrap_with_adapter,
 )
-from prefopt.serving.gguf_file import (  # noqa: E402
+from prefopt.serving.gguf_file import (
     GGUFFile,
     GGUFType,
     export_gguf,
     export_gguf_adapter,
 )
-from tests.serving.llama_cpp import LlamaServer, build  # noqa: E402
+from tests.serving.llama_cpp import LlamaServer, build
 
 RESULTS = Path(__file__).parent / "results"
 TYPES: tuple[GGUFType, ...] = ("f32", "f16", "bf16", "q8_0")

@@ -41,15 +41,15 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-import datasets  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from scipy import stats  # noqa: E402
-from torch import Tensor  # noqa: E402
+import datasets
+import torch
+import transformers
+from scipy import stats
+from torch import Tensor
 
-from benchmarks.exact_world import World, calibration  # noqa: E402
-from prefopt.advantages import kl_k3  # noqa: E402
-from prefopt.trees import AnswerTree  # noqa: E402
+from benchmarks.exact_world import World, calibration
+from prefopt.advantages import kl_k3
+from prefopt.trees import AnswerTree
 
 Figures = dict[str, Any]
 

@@ -46,7 +46,7 @@ def read(name: str) -> list[dict[str, Any]]:
     folder = DATA / name
     for file, opened in (("train.jsonl.gz", gzip.open), ("train.jsonl", open)):
         if (folder / file).exists():
-            with opened(folder / file, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
+            with opened(folder / file, "rt", encoding="utf-8") as lines:
                 return [json.loads(line) for line in lines]
     raise SystemExit(f"no {name} in {DATA}: set PREFOPT_DATA to the folder with the data.")
 

@@ -12,6 +12,7 @@ the middle of three, and the wall time of the same three. Targets: 60 s for addi
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -141,7 +142,7 @@ def measure(n: int, folder: Path) -> tuple[list[Measured], int]:
     with History(folder / "history.sqlite") as history:
         for seed, name in ((1, "first"), (2, "second")):
             made = make_evaluation(folder / name, n, seed)
-            work = lambda made=made: history.add(made, series="bot")  # noqa: E731
+            work = functools.partial(history.add, made, series="bot")
             found.append(timed(f"add the {name} evaluation", work))
         client = TestClient(dashboard(history), base_url="http://localhost")
         words = history.pair(1, 1)[0].after.split()

@@ -28,7 +28,7 @@ from prefopt.launched import is_first_process
 from prefopt.models import BaseQuantization, Device, DType, LoRASettings
 from prefopt.online_flow import OnlineConfig, run_online_flow
 from prefopt.plan_config import PlanConfig
-from prefopt.sampling.candidates import SamplingSettings
+from prefopt.sampling.settings import SamplingSettings
 from prefopt.scale.settings import ScaleSettings
 from prefopt.serving.gguf_file import GGUFType
 from prefopt.training.dpo import DPOSettings
@@ -66,7 +66,7 @@ def sample(
     model: str | list[str] = "demo",
     adapter: str | None = None,
     k: int = 4,
-    sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
+    sampling: SamplingSettings = SamplingSettings(),
     seed: int = 0,
     device: Device = "auto",
     max_usd: float | None = None,
@@ -316,8 +316,8 @@ def train_dpo(
     preferences: str,
     out: str,
     model: str = "demo",
-    lora: LoRASettings = LoRASettings(),  # noqa: B008  frozen
-    dpo: DPOSettings = DPOSettings(),  # noqa: B008  frozen
+    lora: LoRASettings = LoRASettings(),
+    dpo: DPOSettings = DPOSettings(),
     device: Device = "auto",
 ) -> None:
     """Train a LoRA adapter on preferences with DPO, after a check of the data.
@@ -355,7 +355,7 @@ def train_sft(
     replay: str | None = None,
     model: str = "demo",
     lora: LoRASettings | None = None,
-    sft: SFTSettings = SFTSettings(),  # noqa: B008  frozen
+    sft: SFTSettings = SFTSettings(),
     device: Device = "auto",
 ) -> None:
     """Teach a model to answer as in demonstrations, or as the chosen side of preferences.
@@ -416,7 +416,7 @@ def evaluate(
     checkpoints: str | list[str] | None = None,
     gate: bool = False,
     min_win_rate: float | None = None,
-    sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
+    sampling: SamplingSettings = SamplingSettings(),
     seed: int = 1,
     device: Device = "auto",
     stop: Literal["never", "decided"] = "never",
@@ -547,7 +547,7 @@ def advise(
     enough: float = 0.75,
     requests_per_month: int | None = None,
     usd_per_million_input_tokens: float | None = None,
-    sampling: SamplingSettings = SamplingSettings(),  # noqa: B008  frozen
+    sampling: SamplingSettings = SamplingSettings(),
     seed: int = 1,
     device: Device = "auto",
 ) -> None:

@@ -473,7 +473,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
     import subprocess
     import sys
 
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs", reason="needs prefopt[docs]")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT)
     for page in tmp_path.rglob("*.html"):

@@ -263,7 +263,6 @@ def test_the_same_flow_with_claude_as_judge_pays_once(
 def test_capabilities_are_checked_first_and_change_the_report_alone(
     finished, tiny_model, prompt_file, tmp_path
 ):
-    pytest.importorskip("lm_eval")
     with pytest.raises(DataError, match="did you mean prefopt_plain_text"):
         run_flow(
             config(tmp_path / "no", tiny_model, prompt_file, capabilities="prefopt_plane_text"),

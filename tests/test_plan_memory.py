@@ -42,7 +42,6 @@ def counted_with_numbers(config, settings, passes):
     return prefopt.plan_memory._run(model, batch, settings, passes, _fused_kinds(config))
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(
     ("settings", "passes"),
     [
@@ -118,7 +117,6 @@ def test_more_tokens_take_more(tokens, more):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_settings_that_spare_memory_do():
     usual = peak()
     assert peak(gradient_checkpointing=True) < 0.8 * usual
@@ -158,6 +156,7 @@ def test_four_bit_layers_keep_nothing_of_their_weights():
     assert small.kept["MLP"] == plain.kept["MLP"]
 
 
+# PEFT says what it does about experts.
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
 def test_other_families_can_be_counted():
     config = Qwen3Config(**SHAPE, head_dim=8)

@@ -1,6 +1,5 @@
 """A base model in 4 bits under an adapter (QLoRA): what is quantised, what trains, what is refused."""
 
-import importlib.util
 import math
 
 import pytest
@@ -10,9 +9,6 @@ from prefopt.models import LoRASettings, load_model
 from prefopt.training.dpo import DPOSettings
 from tests.training.test_dpo import train
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs pip install 'prefopt[qlora]'"
-)
 QLORA = LoRASettings(r=4, alpha=8, quantization="nf4")
 
 

@@ -71,6 +71,7 @@ def test_segments_are_the_masked_attention(shape, kv_heads, long_prompt, monkeyp
         assert_agree(segment_attention, inputs, spans, tolerance, **options)
 
 
+# Compiled it is on GPUs only.
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)

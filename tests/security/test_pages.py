@@ -3,12 +3,11 @@
 import time
 
 import pytest
+from starlette.testclient import TestClient
 
 from prefopt.evaluation.dashboard import dashboard, word_changes
 from prefopt.evaluation.history import History
 from tests.evaluation.test_history import evaluation, judged
-
-testclient = pytest.importorskip("starlette.testclient")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +17,7 @@ def client(tmp_path_factory):
         for name in ("first", "second"):
             history.add(evaluation(folder / name, [judged(i, 1) for i in range(3)]), series=name)
         app = dashboard(history, hosts=("testserver",))
-        yield testclient.TestClient(app, raise_server_exceptions=False)
+        yield TestClient(app, raise_server_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from starlette.testclient import TestClient
 
 from prefopt.data.dataset_card import dataset_card, inert
 from prefopt.evaluation.dashboard import dashboard
@@ -106,13 +107,12 @@ def pages(text, folder):
         "labels": labels.to_html(),
         "calibration": calibration.to_html(),
     }
-    testclient = pytest.importorskip("starlette.testclient")
     names = ("first", "second")
     with History(folder / "history.sqlite") as history:
         for number, name in enumerate(names):
             write_report(msgspec.structs.replace(report, seeds={"x": number}), folder / name)
             history.add(folder / name, series=text)
-        client = testclient.TestClient(dashboard(history, hosts=("testserver",)))
+        client = TestClient(dashboard(history, hosts=("testserver",)))
         for page in ("/", "/evaluations/1", "/evaluations/1/pairs/1", "/changes/1/2", "/nothing"):
             found[page] = client.get(page, params={"text": text[:40]} if page != "/" else {}).text
     return found
@@ -162,7 +162,7 @@ def test_inert_text_still_reads_as_it_is():
 @pytest.mark.enable_socket
 def test_no_page_runs_what_others_wrote_even_without_its_own_protection(tmp_path):
     """The pages' policy against scripts is taken out first, so that escaping alone has to hold."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs prefopt[browser]")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium here")
@@ -171,7 +171,8 @@ def test_no_page_runs_what_others_wrote_even_without_its_own_protection(tmp_path
         folder = tmp_path / str(number)
         folder.mkdir()
         html |= {(number, name): page for name, page in pages(text, folder).items()}
-    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True})
+    markdown_it = pytest.importorskip("markdown_it", reason="needs pip install markdown-it-py")
+    markdown = markdown_it.MarkdownIt("commonmark", {"html": True})
     for number, text in enumerate(PAYLOADS):
         for name, card in cards(text).items():
             html[number, f"card of the {name}"] = markdown.render(card.rpartition("\n---\n")[2])

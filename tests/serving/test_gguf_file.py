@@ -109,7 +109,7 @@ def test_a_merged_model_is_read_back_as_what_it_was(written):
 @pytest.mark.slow
 @pytest.mark.allow_hosts(["127.0.0.1"])
 def test_llama_cpp_runs_the_merged_model_and_says_what_we_say(written, model, adapter):
-    llama_cpp = pytest.importorskip("tests.serving.llama_cpp")
+    llama_cpp = pytest.importorskip("tests.serving.llama_cpp", reason="no xllamacpp here")
     server = llama_cpp.LlamaServer(written.path)
     assert_llama_cpp_agrees(server, model, adapter, within=2e-4)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -131,7 +131,7 @@ def test_the_file_names_no_folder_of_this_machine(written):
 @pytest.mark.allow_hosts(["127.0.0.1"])
 def test_llama_cpp_applies_an_rslora_adapter_at_its_own_scale(written, model, adapter, tmp_path):
     """On the base model's file. Its alpha / sqrt(r) is twice what llama.cpp would make of alpha."""
-    llama_cpp = pytest.importorskip("tests.serving.llama_cpp")
+    llama_cpp = pytest.importorskip("tests.serving.llama_cpp", reason="no xllamacpp here")
     base = export_gguf(model, tmp_path / "base.gguf", type="f32", llama_cpp=CONVERTERS, check=False)
     assert base.not_checked == "not read back (check was off)"
     update = export_gguf_adapter(

@@ -24,6 +24,7 @@ from prefopt.tree_attention import FLEX_BLOCK, flex_block_mask
 from prefopt.trees import AnswerTree, TreeSpan, pack_trees, tree_mask
 
 pytestmark = [
+    # Compiled it is on GPUs only; and torch looks at the gradient of what is no leaf.
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]

@@ -42,6 +42,7 @@ ROWS = pair_rows()
 N = len(
     {(tuple(r["prompt_ids"]), tuple(r[s])) for r in ROWS for s in ("chosen_ids", "rejected_ids")}
 )
+# TRL says that it will take it away; until then it is computed as TRL does.
 KEEP_END = "ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning"
 
 
