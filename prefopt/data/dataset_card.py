@@ -9,7 +9,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -142,7 +142,7 @@ def inert(value: T) -> T:
     elif isinstance(value, msgspec.Struct):
         fields = {name: inert(getattr(value, name)) for name in value.__struct_fields__}
         found = msgspec.structs.replace(value, **fields)
-    return found  # type: ignore[no-any-return]
+    return cast("T", found)
 
 
 def _front_matter(n_pairs: int) -> str:

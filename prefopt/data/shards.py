@@ -242,7 +242,7 @@ def is_whole(folder: str | Path, shard: Shard) -> bool:
 
 def _records(path: Path, table: Any, record_type: type[T]) -> list[T]:
     try:
-        return msgspec.convert(table.to_pylist(), list[record_type])  # type: ignore[valid-type]
+        return msgspec.convert(table.to_pylist(), list[record_type])  # type: ignore[valid-type]  # a class at run time
     except msgspec.ValidationError as error:
         raise DataError(
             f"{path} holds rows that are not a {record_type.__name__}: {error}. {_REMEDY}"

@@ -296,6 +296,7 @@ def _language_model(loaded: LanguageModel, label: str, settings: AskSettings) ->
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
 
+    # lm-eval's classes are Any to mypy.
     class Hook(CacheHook):  # type: ignore[misc]
         """Told of every answer; the engine would put it into a cache here."""
 
