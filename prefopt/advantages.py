@@ -32,11 +32,6 @@ def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return logps - ref_logps
 
 
-def kl_k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """(log pi - log ref)^2 / 2: never negative, biased, of little variance (Schulman 2020)."""
-    return 0.5 * (logps - ref_logps).square()
-
-
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """ref/pi - 1 - log(ref/pi): never negative and unbiased, so a good figure to look at.
 
