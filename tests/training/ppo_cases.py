@@ -3,7 +3,6 @@
 Also a module of cases for `processes.run_cases`.
 """
 
-import contextlib
 import copy
 import json
 import os
@@ -212,6 +211,4 @@ class ByPrompt:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(ImportError):
-        import deepspeed  # noqa: F401  # once, not in every process that is forked
     fork_cases(train_case)

@@ -48,6 +48,8 @@ def run_cases(module, folder, cases, *, timeout=300):
 
 def fork_cases(train):
     """Call `train(folder, settings)` for the cases on the command line, each in its processes."""
+    with contextlib.suppress(ImportError):
+        import deepspeed  # noqa: F401  # which accelerate imports; here once, not in every process
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     failed = []
     for name, settings in cases.items():
