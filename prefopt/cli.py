@@ -7,20 +7,17 @@ that no argument has is an error. Nothing is computed here.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 from prefopt.classic_flow import ClassicConfig, run_classic_flow
 from prefopt.data.export_formats import FormatName
-from prefopt.errors import DataError, GateFailed, HostedError, PrefoptError
+from prefopt.errors import DataError, GateFailed, HostedError
 from prefopt.evaluation.tuning_advice import Aim, Changes
+from prefopt.exit_status import UNREAD, Unread, exit_status, flushed
 from prefopt.flow import FlowConfig, run_flow
 from prefopt.forgetting_flow import ForgettingConfig, run_forgetting_flow
 from prefopt.label_job import LabelConfig
@@ -1265,18 +1262,14 @@ def _summary(function: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code.
-
-    0 done, 1 refused, 3 done but the gate is not passed, 130 stopped by the user, 141 nobody read the
-    output to its end (`| head`), which is no error of ours, 143 stopped by SIGTERM.
-    """
+    """Run one command; returns its exit status, see `prefopt.exit_status`."""
     try:
-        with _flushed():
+        with flushed():
             parser = build_parser()
             parsed = parser.parse_args(_several_models(arguments))
-    except _Unread:
-        return _UNREAD
-    return _guarded(lambda: _dispatch(parser.instantiate(parsed)))
+    except Unread:
+        return UNREAD
+    return exit_status(lambda: _dispatch(parser.instantiate(parsed)))
 
 
 def _several_models(arguments: list[str] | None) -> list[str] | None:
@@ -1290,40 +1283,6 @@ def _several_models(arguments: list[str] | None) -> list[str] | None:
     return given if len(found.model) < 2 else [*rest, "--model", json.dumps(found.model)]
 
 
-_UNREAD = 141  # as shells count it: 128 and SIGPIPE's number
-
-
-class _Unread(Exception):
-    """Whoever read the output has gone."""
-
-
-@contextlib.contextmanager
-def _flushed() -> Iterator[None]:
-    """Flush the output while an error can still be caught; raise `_Unread` where nobody reads it."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError as error:
-        if not _nobody_reads():
-            raise  # some other pipe
-        # Python flushes once more on its way out, and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise _Unread from error
-
-
-def _nobody_reads() -> bool:
-    import select
-
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), select.POLLOUT)
-        return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no such call, or no file behind stdout
-        return True
-
-
 def run_recipe(
     config_class: type[FlowConfig] | type[ClassicConfig] | type[ForgettingConfig],
     arguments: list[str] | None = None,
@@ -1334,7 +1293,7 @@ def run_recipe(
     values = vars(parser.instantiate(parser.parse_args(arguments)))
     values.pop("config", None)
     on_change = values.pop("on_change")
-    return _guarded(lambda: _run_any(config_class(**values), on_change))
+    return exit_status(lambda: _run_any(config_class(**values), on_change))
 
 
 _FLOWS: dict[str, type[FlowConfig] | type[ClassicConfig]] = {
@@ -1358,77 +1317,6 @@ def _run_any(
         print(f"picture: {config.out}/forgetting.png")
     else:
         run(config, on_change)
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came: from a scheduler, or a machine that is taken back."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Have SIGTERM end the block as Ctrl-C does: what is under way is written down, not torn off."""
-    import signal
-    import threading
-
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _guarded(work: Callable[[], None]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Third parties warn about each other's deprecated names at every step; nobody here can act on it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
-    for noisy in (
-        "bitsandbytes", "datasets", "httpx", "httpx2", "huggingface_hub", "matplotlib", "transformers",
-    ):  # fmt: skip
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        with _flushed(), _terminable():
-            work()
-    except _Unread:
-        return _UNREAD
-    except GateFailed as error:
-        print(f"prefopt: {error}", file=sys.stderr)
-        return 3
-    except (PrefoptError, ValueError) as error:
-        print(f"prefopt: {error}", file=sys.stderr)
-        return 1
-    except _Terminated:
-        print("\nprefopt: stopped by SIGTERM; the same command goes on from here.", file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
-        print("\nprefopt: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        from prefopt.data.records import disk_trouble, unwritable
-        from prefopt.out_of_memory import is_out_of_memory, memory_words
-
-        if is_out_of_memory(error):
-            print(
-                f"prefopt: out of memory ({memory_words(error)}). Lower what goes through a model at "
-                "once: batch_size of sampling, micro_batch_tokens of training, or max_length; "
-                "`prefopt plan` says what fits. What was finished is kept; the same command goes on "
-                "from it.",
-                file=sys.stderr,
-            )
-            return 1
-
-        trouble = disk_trouble(error)
-        if trouble is None:
-            raise
-        where = trouble.filename or "a file"
-        print(f"prefopt: {unwritable(where, trouble)}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _dispatch(parsed: Any) -> None:

@@ -75,7 +75,8 @@ def test_mathematics_needs_torch_only(path):
 def test_dependencies_point_one_way(path):
     """types <- text side <- models and sampling <- training and evaluation <- flow <- cli."""
     ranks = {"types": 0, "errors": 0, "out_of_memory": 0, "progress": 0, "launched": 0,
-             "cache_folder": 0, "demo_model": 1, "folder_lock": 1, "page_template": 0,
+             "cache_folder": 0, "exit_status": 1, "demo_model": 1, "folder_lock": 1,
+             "page_template": 0,
              "scale.settings": 0,
              "data": 1, "chat": 1, "label_model": 1,
              "labelling": 1, "judging_plan": 1, "preferences": 1,

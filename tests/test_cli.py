@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from prefopt.cli import build_parser, main, run_recipe
+from prefopt.exit_status import exit_status
 from prefopt.flow import FlowConfig
 
 
@@ -206,20 +207,16 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(command, tmp_path):
 
 
 def test_another_broken_pipe_is_not_hidden(monkeypatch):
-    from prefopt import cli
-
     def fails():
         raise BrokenPipeError("a server went away")
 
-    monkeypatch.setattr(cli, "_nobody_reads", lambda: False)
+    monkeypatch.setattr("prefopt.exit_status._nobody_reads", lambda: False)
     with pytest.raises(BrokenPipeError, match="server"):
-        cli._guarded(fails)
+        exit_status(fails)
 
 
 def test_sigterm_is_told_and_undoes_what_a_block_undoes(capsys):
     import signal
-
-    from prefopt import cli
 
     undone = []
 
@@ -230,19 +227,17 @@ def test_sigterm_is_told_and_undoes_what_a_block_undoes(capsys):
         finally:
             undone.append(True)
 
-    assert cli._guarded(work) == 143
+    assert exit_status(work) == 143
     assert undone
     assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_full_disk_is_no_traceback(capsys, tmp_path):
-    from prefopt import cli
-
     def work():
         raise OSError(28, "No space left on device", str(tmp_path / "file"))
 
-    assert cli._guarded(work) == 1
+    assert exit_status(work) == 1
     said = capsys.readouterr().err
     assert "No space left on device" in said
     assert "free space" in said

@@ -48,7 +48,7 @@ def flow_config(job: dict[str, Any]) -> Any:
 
 def work(job: dict[str, Any]) -> int:
     """One run of the flow under a fault; the command's exit status."""
-    import prefopt.cli
+    from prefopt.exit_status import exit_status
     from prefopt.flow import run_flow
 
     os.environ.update(job.get("environment", {}))
@@ -65,7 +65,7 @@ def work(job: dict[str, Any]) -> int:
     if "not_a_number" in job:
         poison(**job["not_a_number"])
     on_change = job.get("on_change", "refuse")
-    return prefopt.cli._guarded(lambda: run_flow(config, on_change=on_change, progress=False))
+    return exit_status(lambda: run_flow(config, on_change=on_change, progress=False))
 
 
 def poison(step: int, what: str) -> None:
