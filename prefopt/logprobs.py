@@ -139,6 +139,7 @@ class _ScoreTokens(torch.autograd.Function):
                 log_z[part] = (highest + total.log())[:, 0]
                 logprobs[part] = of_target[:, 0] - log_z[part]
                 if gradient is None and kept is None and not wanted.log_sum_sq:
+                    del z, p, slope
                     continue
                 if wanted.log_sum_sq:
                     squares[part] = p.square().sum(-1).log() - 2.0 * total[:, 0].log()
@@ -157,6 +158,7 @@ class _ScoreTokens(torch.autograd.Function):
                         expected = (inputs[part].float() * pulled.float()).sum(-1)
                         entropy[part] = log_z[part] - scale * expected
                     gradient[part] = (towards - pulled).mul_(scale)
+                del z, p, kept, slope  # before the next chunk's logits are made
         ctx.gradient_now = gradient_now
         ctx.settings = (scale, softcap, hidden.dtype, wanted.chunk_rows)
         if gradient_now:
@@ -194,6 +196,7 @@ class _ScoreTokens(torch.autograd.Function):
                     d_weight += low.t() @ inputs[part]
                 if d_bias is not None:
                     d_bias += d.sum(0)
+                del z, d, low, slope
         return (
             None if d_hidden is None else d_hidden.to(dtype),
             None if d_weight is None else d_weight.to(weight.dtype),

