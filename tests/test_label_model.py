@@ -87,7 +87,7 @@ def test_a_judges_parameters_are_recovered_from_pairs():
 
 
 def test_a_judges_parameters_are_recovered_from_tournaments():
-    observations, _ = tournament(250, 5, 8, np.random.default_rng(1))
+    observations, _ = tournament(120, 5, 8, np.random.default_rng(1))
     model = fit_label_model(observations)
     assert model.converged
     assert_near(model.judges[0], TRUE)

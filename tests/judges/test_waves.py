@@ -81,7 +81,7 @@ def test_best_and_worst_of_eight_take_two_calls_an_answer(tmp_path):
 def test_a_dear_judge_sees_only_what_a_cheap_one_leaves_open():
     cheap, dear = Noisy("cheap", slope=1.5, price=0.001), Noisy("dear", slope=6.0, price=0.02)
     settings = PlanSettings(pilot=20)
-    judged = judge_in_waves(candidates(200, 2), [cheap, dear], settings=settings, progress=False)
+    judged = judge_in_waves(candidates(80, 2), [cheap, dear], settings=settings, progress=False)
     assert len(dear.calls) < len(cheap.calls)
     assert {v.judge for j in judged for v in j.verdicts} == {"cheap", "dear"}
     for j in judged:

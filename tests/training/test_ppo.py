@@ -86,17 +86,19 @@ def test_a_reward_models_folder_is_put_on_the_policys_base(tiny_model, tmp_path)
     made = RewardModel.new(load_model(tiny_model), peft_config=lora_config(LORA), seed=1)
     made.save(tmp_path / "reward")
     loaded = load_model(tiny_model)
-    result = train(loaded, tmp_path / "out", reward=tmp_path / "reward")
+    settings = replace(SETTINGS, rollouts=1)
+    result = train(loaded, tmp_path / "out", reward=tmp_path / "reward", settings=settings)
     assert {"reward", "default", "value"} <= {
         part for n, _ in loaded.model.named_parameters() for part in n.split(".")
     }
-    assert result.points[-1].step == 6
+    assert result.points[-1].step == 2
 
 
 def test_an_adapter_is_trained_further_and_is_the_reference(tiny_model, tmp_path):
-    first = train(tiny_model, tmp_path / "first")
+    settings = replace(SETTINGS, rollouts=1)
+    first = train(tiny_model, tmp_path / "first", settings=settings)
     result = train_ppo(
-        PROMPTS, tiny_model, vowels, tmp_path / "second", settings=SETTINGS, progress=False,
+        PROMPTS, tiny_model, vowels, tmp_path / "second", settings=settings, progress=False,
         lora=LoRASettings(continue_from=str(first.adapter)),
     )  # fmt: skip
     assert result.reference == "a frozen copy of the adapter as it is now"
