@@ -11,7 +11,7 @@ Names are loaded when they are first used, so `import prefopt` stays fast.
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -194,7 +194,10 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES, "__version__"]
-__version__ = version("prefopt")
+try:
+    __version__ = version("prefopt")
+except PackageNotFoundError:  # a checkout on the path, where nothing can be installed
+    __version__ = "0+checkout"
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,16 @@ def test_the_lazy_names_and_the_typed_names_agree():
     assert typed == {name: f"prefopt.{home}" for name, home in prefopt._HOMES.items()}
     for name, module in typed.items():
         assert hasattr(importlib.import_module(module), name)
+
+
+def test_a_checkout_on_the_path_needs_no_installation(monkeypatch):
+    """As on a machine where nothing can be installed."""
+    from importlib import metadata
+
+    def not_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    fresh = importlib.util.module_from_spec(importlib.util.find_spec("prefopt"))
+    fresh.__spec__.loader.exec_module(fresh)
+    assert fresh.__version__ == "0+checkout"
