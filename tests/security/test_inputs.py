@@ -112,7 +112,7 @@ def bomb():
     [
         (bomb(), "aliases written out"),
         ("out: &x [*x]", "holds itself"),
-        ("out: " + "[" * 5000 + "]" * 5000, "nested"),
+        ("out: " + "[" * 5000 + "]" * 5000, "nest"),
         ("out: " + "[" * 60 + "]" * 60, "more than 50 deep"),
         ("out: x\nlora:\n  class_path: evil.Thing", "class_path"),
         ("out: !!python/object/apply:os.system ['true']", "python/object"),
