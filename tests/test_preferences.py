@@ -67,7 +67,7 @@ def test_identical_and_empty_answers_never_become_pairs():
     assert found.reasons() == {"identical_answers": 1, "empty_answer": 1}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(*[st.none() | st.integers(-2, 2)] * 2), min_size=1, max_size=8))
 def test_nothing_is_lost_and_swapping_answers_swaps_labels(grades):
     items = [judged(f, b, a=f"answer {i}", b=f"other {i}") for i, (f, b) in enumerate(grades)]
