@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,15 @@ def test_a_checkout_on_the_path_needs_no_installation(monkeypatch):
     fresh = importlib.util.module_from_spec(importlib.util.find_spec("prefopt"))
     fresh.__spec__.loader.exec_module(fresh)
     assert fresh.__version__ == "0+checkout"
+
+
+def test_the_way_from_the_command_to_an_adapter_is_told_and_short():
+    """Each file that CONTRIBUTING.md names holds what it says, and calls or imports the next one."""
+    told = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| `prefopt/(\S+)` \| `(\w+)` \|", told, flags=re.MULTILINE)
+    assert 5 < len(steps) < 10
+    texts = [(PACKAGE / file).read_text(encoding="utf-8") for file, _ in steps]
+    for (file, name), text in zip(steps, texts, strict=True):
+        assert re.search(rf"^(def|class) {name}\b", text, flags=re.MULTILINE), file
+    for i, (file, name) in enumerate(steps[1:], start=1):
+        assert any(re.search(rf"\b{name}\b", text) for text in texts[:i]), file
