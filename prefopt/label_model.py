@@ -150,7 +150,11 @@ class Beliefs(msgspec.Struct, frozen=True, eq=False):
 
 
 def prior_label_model(n_judges: int = 1) -> LabelModel:
-    """The model before any verdict: every judge is the middling judge of the priors."""
+    """The model before any verdict: every judge is the middling judge of the priors.
+
+    Raises:
+        ValueError: fewer than one judge.
+    """
     if n_judges < 1:
         raise ValueError(f"n_judges must be at least 1, got {n_judges}.")
     theta = np.tile(_PRIOR_MEAN, (n_judges, 1))

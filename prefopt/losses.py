@@ -206,6 +206,12 @@ def f_divergence_scores(
         logratios: log [pi / pi_ref], any shape.
         divergence: one of `FDivergence`.
         alpha: order of the alpha divergence; its limit at 1 is reverse KL.
+
+    Returns:
+        The shape of `logratios`.
+
+    Raises:
+        ValueError: no such divergence.
     """
     if divergence == "reverse_kl":
         return logratios

@@ -97,7 +97,11 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[LanguageModel]:
-        """The same weights as the base model, for as long as the block lasts."""
+        """The same weights as the base model, for as long as the block lasts.
+
+        Raises:
+            ModelError: there is no adapter.
+        """
         if not hasattr(self.model, "disable_adapter"):
             raise ModelError(f"{self.name} has no adapter that could be switched off.")
         with self.model.disable_adapter():

@@ -154,6 +154,9 @@ def build_preferences(
     Returns:
         Preferences with groups in order of first appearance. `p_chosen` is inferred under either
         rule; its source is "prior" below 30 verdicts, and "calibrated" where that is given.
+
+    Raises:
+        ValueError: numbers out of range or an unknown rule; all at once.
     """
     problems = []
     if rule not in ("mean_grade", "inferred"):

@@ -228,7 +228,11 @@ def quiet_engine(progress: bool) -> Iterator[None]:
 def score_task(
     name: str, task: Any, side: Side, settings: AskSettings, store: ScoreStore
 ) -> TaskScores:
-    """One model's scores on one task, from the store or from asking."""
+    """One model's scores on one task, from the store or from asking.
+
+    Raises:
+        ModelError: scores that are not numbers.
+    """
     config = task.config.to_dict() if hasattr(task.config, "to_dict") else {}
     config.pop("metadata", None)  # says where the YAML lies
     docs = list(task.eval_docs)[: settings.limit]

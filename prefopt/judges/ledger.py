@@ -397,7 +397,11 @@ class Ledger:
         return _fits(self.money(), usd, max_usd)
 
     def reserve(self, key: str, worst_usd: float, max_usd: float | None) -> bool:
-        """Set aside `worst_usd` in all for a question of ours; False where it does not fit."""
+        """Set aside `worst_usd` in all for a question of ours; False where it does not fit.
+
+        Raises:
+            DataError: this process has not claimed the question.
+        """
         with self._writing(careful=False):
             held = self._db.execute(
                 "SELECT worst_usd FROM claims WHERE key = ? AND owner = ?", (key, self.owner)

@@ -63,7 +63,11 @@ BUILT_IN = {rubric.name: rubric for rubric in (HOUSE_STYLE, HELPFUL)}
 
 
 def load_rubric(name_or_path: str) -> Rubric:
-    """A built-in rubric by name, or one read from a UTF-8 text file."""
+    """A built-in rubric by name, or one read from a UTF-8 text file.
+
+    Raises:
+        DataError: it is neither, or the file cannot be used.
+    """
     if name_or_path in BUILT_IN:
         return BUILT_IN[name_or_path]
     path = Path(name_or_path)

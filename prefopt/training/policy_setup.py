@@ -47,7 +47,11 @@ def check_arguments(model: Any, ref_model: Any, args: Any, dataset: Any, peft_co
 
 
 def loading_options(args: Any, quantization_config: Any) -> dict[str, Any]:
-    """What `from_pretrained` is called with; float32 unless the user says otherwise."""
+    """What `from_pretrained` is called with; float32 unless the user says otherwise.
+
+    Raises:
+        ValueError: a quantisation in both places.
+    """
     options = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         if "quantization_config" in options:
@@ -73,7 +77,12 @@ def load_policy(name: str, options: dict[str, Any]) -> Any:
 
 
 def text_tokenizer(given: Any, model: Any, args: Any, revision: str | None) -> Any:
-    """The tokenizer, with a padding token; loaded by the model's name when none is given."""
+    """The tokenizer, with a padding token; loaded by the model's name when none is given.
+
+    Raises:
+        TypeError: what was given holds no tokenizer.
+        ValueError: the padding token is not in its vocabulary.
+    """
     if given is None:
         given = transformers.AutoTokenizer.from_pretrained(
             model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
@@ -131,7 +140,11 @@ def offloading_context(model: Any, args: Any) -> Any:
 
 
 def balancing_loss_weight(model: Any, args: Any) -> tuple[bool, float]:
-    """Whether a mixture-of-experts model's balancing loss counts, and how much."""
+    """Whether a mixture-of-experts model's balancing loss counts, and how much.
+
+    Raises:
+        ValueError: a weight for a model without experts.
+    """
     config = base_model(model).config.get_text_config()
     routed = hasattr(config, "output_router_logits")
     given = args.router_aux_loss_coef

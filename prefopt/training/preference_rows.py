@@ -365,7 +365,15 @@ class RowCollator:
 
 
 def rows_from_padded(batch: Mapping[str, Any]) -> PreferenceRows:
-    """Rows from what TRL's `DataCollatorForPreference` makes, for collators of a user's own."""
+    """Rows from what TRL's `DataCollatorForPreference` makes, for collators of a user's own.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `completion_mask`, each (2N, T): the chosen sides of N
+            pairs, then their rejected sides.
+
+    Raises:
+        DataError: a row without completion tokens.
+    """
     sequences = []
     for ids, attention, completion in zip(
         batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True

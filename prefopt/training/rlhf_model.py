@@ -116,7 +116,11 @@ class RLHFModel:
 
     @contextlib.contextmanager
     def as_value(self) -> Iterator[RewardModel]:
-        """Within the block the value's adapter is active; end the backward passes inside it."""
+        """Within the block the value's adapter is active; end the backward passes inside it.
+
+        Raises:
+            ModelError: there is no value model.
+        """
         if self.value is None:
             raise ModelError("there is no value model: these advantages need none.")
         if self.value.model is self.policy:
