@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+from prefopt import quickstart as quickstart_module
 from prefopt.classic_flow import ClassicConfig, run_classic_flow
 from prefopt.data.export_formats import FormatName
 from prefopt.errors import DataError, GateFailed, HostedError
@@ -25,6 +26,7 @@ from prefopt.launched import is_first_process
 from prefopt.models import BaseQuantization, Device, DType, LoRASettings
 from prefopt.online_flow import OnlineConfig, run_online_flow
 from prefopt.plan_config import PlanConfig
+from prefopt.quickstart import Quickstart
 from prefopt.sampling.settings import SamplingSettings
 from prefopt.scale.settings import ScaleSettings
 from prefopt.serving.gguf_file import GGUFType
@@ -34,7 +36,7 @@ from prefopt.training.sft import SFTSettings
 _DESCRIPTION = """\
 From prompts to a model that answers the way you prefer.
 
-  prefopt run --out runs/first          the whole way, offline, with the built-in demo model
+  prefopt quickstart                    the whole way, offline, with the built-in demo model
   prefopt run --config my.yaml          the same with your prompts, model and judge
   prefopt run --print_config > my.yaml  a file with every option, to start from
 
@@ -1132,6 +1134,9 @@ def build_parser() -> Any:
     sub.add_class_arguments(PlanConfig, as_group=False)
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
     commands.add_subcommand("plan", sub, help=_summary(plan))
+    story = quickstart_module.__doc__ or ""
+    sub = _run_command("prefopt quickstart [options]", story, Quickstart)
+    commands.add_subcommand("quickstart", sub, help=story.splitlines()[0])
     sub = _run_command("prefopt run --out FOLDER [options]", _text(run), FlowConfig)
     commands.add_subcommand("run", sub, help=_summary(run))
     sub = _run_command("prefopt online --out FOLDER [options]", _text(online), OnlineConfig)
@@ -1297,6 +1302,7 @@ def run_recipe(
 
 
 _FLOWS: dict[str, type[FlowConfig] | type[ClassicConfig]] = {
+    "quickstart": Quickstart,
     "run": FlowConfig,
     "online": OnlineConfig,
     "classic": ClassicConfig,

@@ -85,7 +85,7 @@ def test_dependencies_point_one_way(path):
              "runs": 2, "models": 2, "hosted": 2,
              "judges": 3, "sampling": 3, "training": 3, "testing": 3,
              "evaluation": 4, "label_job": 4, "scale": 4, "flow_stages": 4, "flow": 5,
-             "online_flow": 6, "serving": 5,
+             "online_flow": 6, "quickstart": 6, "serving": 5,
              "classic_flow": 5, "forgetting_flow": 5, "cli": 7, "__main__": 8}  # fmt: skip
     ranks |= {
         "config_file": 1,

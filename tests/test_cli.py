@@ -22,6 +22,7 @@ from prefopt.flow import FlowConfig
         ["train", "dpo"],
         ["train", "sft"],
         ["evaluate"],
+        ["quickstart"],
         ["run"],
         ["classic"],
         ["online"],
@@ -34,7 +35,7 @@ def test_help_explains_every_option(command, capsys):
         main([*command, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert "Example: prefopt" in text or "prefopt run --out runs/first" in text or "METHOD" in text
+    assert "Example: prefopt" in text or "  prefopt quickstart  " in text or "METHOD" in text
     for line in text.splitlines():
         if line.strip().startswith("--") and line.strip().count(" ") == 1 and "," not in line:
             name = line.strip().split()[0]
@@ -242,3 +243,20 @@ def test_a_full_disk_is_no_traceback(capsys, tmp_path):
     assert "No space left on device" in said
     assert "free space" in said
     assert str(tmp_path / "file") in said
+
+
+def test_the_quickstart_has_its_own_settings_and_takes_others(capsys):
+    """The pages name it first, so it shows what the tool can do, not `run`'s general defaults."""
+    parser = build_parser()
+    plain = parser.instantiate(parser.parse_args(["quickstart"])).quickstart
+    assert (plain.out, plain.dpo.learning_rate, plain.sampling.top_k) == (
+        "runs/quickstart", 1.55e-3, 40,
+    )  # fmt: skip
+    changed = parser.instantiate(
+        parser.parse_args(["quickstart", "--seed", "2", "--dpo.beta", "0.5", "--out", "x"])
+    ).quickstart
+    assert (changed.seed, changed.dpo.beta, changed.dpo.learning_rate, changed.out) == (
+        2, 0.5, 1.55e-3, "x",
+    )  # fmt: skip
+    assert main(["quickstart", "--k", "1", "--out", "y"]) == 1
+    assert "k must be" in capsys.readouterr().err
