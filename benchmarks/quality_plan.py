@@ -49,12 +49,17 @@ CASES: dict[str, dict[str, Any]] = {
         **DPO, "rows": 8, "batch_size": 4, "micro_batch_tokens": 1024,
         "gradient_checkpointing": True, "tight": True,
     },
+    "dpo_lora_1024": {**DPO, "rows": 8, "batch_size": 4, "micro_batch_tokens": 1024},
     "dpo_full_512": {
         **DPO, "tune": "full", "rows": 4, "batch_size": 2, "micro_batch_tokens": 512, "tight": True,
     },
     "reward_lora_1024": {
         "method": "reward", "prompt_tokens": 96, "answer_tokens": 80, "rows": 8, "batch_size": 4,
         "micro_batch_tokens": 1024, "timed": True,
+    },
+    "reward_lora_512": {
+        "method": "reward", "prompt_tokens": 96, "answer_tokens": 80, "rows": 8, "batch_size": 4,
+        "micro_batch_tokens": 512,
     },
     "sft_lora_2048": {
         "model": "small", "method": "sft", "prompt_tokens": 200, "answer_tokens": 300, "rows": 24,

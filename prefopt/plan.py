@@ -44,8 +44,12 @@ _GENERATED_AT_ONCE = 256  # answers, as the rollout engine does
 # Python with torch and transformers, before a model is loaded.
 _RUNTIME_BYTES = {True: 0.9e9, False: 0.75e9}
 # Of what is allocated and freed during a step, how much more the allocator holds: assumed for CUDA,
-# and for glibc as benchmarks/quality_plan.py measured it.
-_FRAGMENTATION = {True: 0.05, False: 0.45}
+# and for glibc as benchmarks/quality_plan.py measured it, where the pieces of one micro-batch lie in
+# the way of the next and where there is none.
+_FRAGMENTATION_ON_GPU = 0.05
+_FRAGMENTATION = {True: 0.4, False: 0.05}
+# Rows, the autograd graph and the trainer's own objects: so much in every case that was measured.
+_BOOKKEEPING_BYTES = 52e6
 _MOST_TRACED_ROWS = 32
 _SAMPLE = 2000  # prompts of a file that are tokenized
 
@@ -289,11 +293,21 @@ class _Planner:
                     name="sampling beyond that", n_bytes=sampling - moving, remark=remark
                 )
                 moving = sampling
+        in_step = sum(map(_fed, self.rows[: _rows_a_device(config, devices)]))
+        share = _FRAGMENTATION[in_step > n_fed or config.method == "ppo"]
+        if devices.is_gpu:
+            share = _FRAGMENTATION_ON_GPU
         yield MemoryPart(
             name="allocator",
-            n_bytes=_FRAGMENTATION[devices.is_gpu] * moving,
-            remark=f"assumed: {_FRAGMENTATION[devices.is_gpu]:.0%} of what comes and goes",
+            n_bytes=share * moving,
+            remark=f"assumed: {share:.0%} of what comes and goes",
         )
+        if not devices.is_gpu:
+            yield MemoryPart(
+                name="bookkeeping",
+                n_bytes=_BOOKKEEPING_BYTES,
+                remark="rows, graph, trainer's objects",
+            )
         yield MemoryPart(
             name="runtime",
             n_bytes=_RUNTIME_BYTES[devices.is_gpu],
@@ -607,7 +621,7 @@ def _milder(config: PlanConfig, devices: Devices) -> Iterator[tuple[str, PlanCon
 
 def _above_weights(parts: Sequence[MemoryPart]) -> float:
     """What a step adds to a loaded model with its adapters."""
-    there = ("weights", "further models", "adapters", "runtime", "allocator")
+    there = ("weights", "further models", "adapters", "runtime", "allocator", "bookkeeping")
     return sum(part.n_bytes for part in parts if part.name not in there)
 
 
