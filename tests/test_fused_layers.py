@@ -112,7 +112,7 @@ def test_rms_norm_is_its_formula(shape, seed, eps):
         lambda x: rms_norm(x, weight, eps),
         lambda x: plain_norm(x, weight, eps),
         [normal(*shape, seed=seed)],
-        1e-9,  # the gradient of a row of one number is what is left of two that cancel
+        1e-7,  # the gradient of a row of one number is what is left of two that cancel
     )
 
 
