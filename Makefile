@@ -45,10 +45,10 @@ lint: $(READY)
 
 # Two at once, each with one thread, and the tests of a file together, as they share what they made.
 # What is compiled is kept, whatever the environment says: each process would do it again, for seconds.
-# A test that waits for ever shows where and fails, and the others go on.
+# A test that waits for ever shows where, and ends the run.
 test: $(READY) lint
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-		-o faulthandler_timeout=240 -o faulthandler_exit_on_timeout=true
+		--max-worker-restart 0 -o faulthandler_timeout=240 -o faulthandler_exit_on_timeout=true
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
