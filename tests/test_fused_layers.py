@@ -228,3 +228,41 @@ def test_less_is_kept_for_the_backward_pass():
     assert few < kept(lambda: plain_norm(gate, weight, 0.1))
     # Angles only.
     assert kept(lambda: rotate(gate, cos, sin)) == 2 * whole // 64
+
+
+# --- What a GPU's kernels compute, here without being compiled ------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_what_the_kernels_compute_are_the_formulas_and_their_gradients(dtype, tolerance):
+    from prefopt import fused_layers as kernels
+
+    gate, up, grad = (normal(5, 3, 8, seed=n).to(dtype) for n in range(3))
+    weight, cos, sin = (
+        normal(8, seed=3).to(dtype),
+        *(normal(3, 8, seed=n).to(dtype) for n in (4, 5)),
+    )
+    exact = [x.double().requires_grad_() for x in (gate, up)]
+    normed, scale = kernels.rms_norm_of(gate, weight, 0.1)
+    cases = [
+        (
+            plain_swiglu(*exact),
+            kernels.swiglu_of(gate, up),
+            kernels.swiglu_gradients(grad, gate, up),
+        ),
+        (
+            plain_norm(exact[0], weight.double(), 0.1),
+            normed,
+            (kernels.rms_norm_gradient(grad, gate, weight, scale),),
+        ),
+        (
+            plain_rotation(exact[0], cos.double(), sin.double()),
+            kernels.rotated_by(gate, cos, sin),
+            (kernels.rotated_back(grad, cos, sin),),
+        ),
+    ]
+    for expected, found, gradients in cases:
+        wanted = torch.autograd.grad((expected * grad.double()).sum(), exact[: len(gradients)])
+        for a, b in zip((found, *gradients), (expected, *wanted), strict=True):
+            assert a.dtype == dtype
+            assert (a.double() - b).norm() <= tolerance * b.norm()

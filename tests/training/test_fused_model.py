@@ -531,3 +531,21 @@ def test_a_reference_that_is_let_go_is_not_kept_by_the_plan(tmp_path):
     trainer.train()
     gc.collect()
     assert mlp() is None
+
+
+def test_a_plan_for_a_gpu_takes_low_precision_too_and_only_of_one_dtype(calls):
+    model = frozen_norms("Llama")
+    plan = plan_fused_layers(model)._replace(any_dtype=True)
+    model = model.to(torch.bfloat16)
+    calls.clear()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        with fused_layers(model, plan):
+            found = model(IDS).logits
+            assert taken(calls) == FUSED["Llama"]
+            assert (found - expected).norm() <= 3e-2 * expected.norm()
+            calls.clear()
+            model.model.norm(
+                torch.randn(2, model.config.hidden_size)
+            )  # float32 under a bfloat16 weight
+    assert not calls
