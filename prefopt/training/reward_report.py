@@ -206,9 +206,9 @@ def _centred_ranks(x: Floats) -> Floats:
 
 def _stated(gap: Floats, label: Floats) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """How sure the model is of its choice, whether people agree, and the bin of the former."""
-    p = 1 / (1 + np.exp(-np.clip(gap, -500, 500)))
-    sure, right = np.maximum(p, 1 - p), np.where(p > 0.5, label, 1 - label)
-    right[p == 0.5] = 0.5  # no choice
+    sure = 1 / (1 + np.exp(-np.minimum(np.abs(gap), 500)))
+    # By the gap: near zero its probability rounds to a half on one side before it does on the other.
+    right = np.where(gap == 0, 0.5, np.where(gap > 0, label, 1 - label))
     return sure, right, np.minimum(((sure - 0.5) * 2 * _BINS).astype(np.int64), _BINS - 1)
 
 
