@@ -421,7 +421,7 @@ class _Planner:
         return measure_rates(self.model, self.facts, _trees(rows), self._settings(config), passes)
 
     def _time(self, rows: Sequence[RowSize]) -> TimePlan | None:
-        from prefopt.plan_time import work_of
+        from prefopt.plan_time import assumed_rates, work_of
 
         rates = self._rates(rows)
         if rates is None:
@@ -432,10 +432,17 @@ class _Planner:
         if config.method == "ppo":
             in_rollout = work_of(self.rows).times(config.batch_size / len(self.rows))
             epoch, steps = in_rollout.times(config.rollouts), config.rollouts * config.epochs
-        took, operations = _duration(
-            config, self.facts, epoch, steps, rates, self._settings(config)
-        )
+        sized = config, self.facts, epoch, steps
+        took, operations = _duration(*sized, rates, self._settings(config))
         took /= devices.count
+        sustained = assumed_rates(devices, config.utilisation)
+        if sustained is not None and not rates.is_assumed:
+            lasting, _ = _duration(*sized, sustained, self._settings(config))
+            lasting /= devices.count
+            # A GPU runs its first second at a clock that it does not keep up for an hour.
+            if lasting > took:
+                source = f"{sustained.source}; {_duration_said(took)} at the rate {rates.source}"
+                took, rates = lasting, sustained._replace(source=source)
         if rates.is_assumed and self.facts.n_parameters < 1e9:
             self.remarks.append(
                 "a model of this size leaves a GPU waiting for its kernels to start: take the time as "

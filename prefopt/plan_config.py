@@ -56,7 +56,8 @@ class PlanConfig:
         suggest: work out the largest micro-batch that fits, and what helps where nothing does.
         measure: measure this machine's rate on a few layers of the model (seconds to a minute), where
             it is this machine that is planned for. Without it there is no time for a CPU.
-        utilisation: share of a GPU's rate, as its vendor states it, that is assumed; None takes 0.4.
+        utilisation: share of a GPU's rate, as its vendor states it, that is assumed where it is not
+            measured, and the most that is believed of what is; None takes 0.42.
         usd_per_gpu_hour: price of one device for one hour, in US dollars.
     """
 

@@ -2,7 +2,7 @@
 
 Operations are counted for each weight, pair of attending tokens and entry of the output head. How
 many a second a device does is measured where it is at hand, on a few layers of the very model with
-random weights, or else assumed to be a share of what its vendor says.
+random weights, or else assumed to be a share of what its vendor says. The plan takes the slower.
 
     forward    2 N T + 4 H d P L       N weights of the layers, T tokens, P pairs of tokens that attend
     backward   the same for what is frozen, twice that for what trains; 2.5 times for attention, whose
@@ -22,9 +22,10 @@ from prefopt.plan_memory import Pass, StepSettings
 from prefopt.plan_model import ModelFacts, with_layers
 from prefopt.trees import AnswerTree
 
-UTILISATION = 0.4
-"""Share of the vendor's figure that training is assumed to reach; Llama 3 reached 38 to 43 % on H100s
-(Grattafiori et al. 2024, arXiv:2407.21783, table 4)."""
+UTILISATION = 0.42
+"""Share of the vendor's figure that training is assumed to reach. Ours reached 37 to 47 % on an H200
+(`benchmarks/quality_plan_gpu.py`), Llama 3 38 to 43 % on H100s (Grattafiori et al. 2024,
+arXiv:2407.21783, table 4)."""
 
 RowSize = tuple[int, tuple[int, ...]]
 """Tokens of a prompt and of each of its answers."""

@@ -13,7 +13,9 @@ from prefopt.models import LoRASettings
 from prefopt.plan import Plan
 from prefopt.plan import plan_training as plan_anew
 from prefopt.plan_config import PlanConfig
+from prefopt.plan_hardware import parse_devices
 from prefopt.plan_model import ModelShape
+from prefopt.plan_time import UTILISATION, assumed_rates
 from tests.tiny_models import save_tiny_model
 
 SHAPE = ModelShape("3M", layers=1, hidden_size=128, heads=4, kv_heads=2, vocab_size=1000)
@@ -154,6 +156,31 @@ def test_time_and_price_by_hand():
     one = plan_training(replace(SMALL, usd_per_gpu_hour=3.6, utilisation=0.5))
     assert two.time.seconds == pytest.approx(one.time.seconds / 2)
     assert two.time.usd == pytest.approx(one.time.usd)
+
+
+@pytest.mark.parametrize("faster", [0.5, 2.0])
+def test_a_gpu_at_hand_is_not_taken_to_keep_up_more_than_others_keep_up(monkeypatch, faster):
+    """What a moment's measurement gives counts where it is the slower of the two."""
+    vendor = plan_anew(SMALL).time
+    devices = parse_devices("H100-80GB")
+    here = replace(devices, here=True)
+    monkeypatch.setattr("prefopt.plan.parse_devices", lambda text: here)
+
+    def measured(*args):
+        rates = assumed_rates(devices, faster * UTILISATION)
+        return rates._replace(source="measured for a moment", is_assumed=False)
+
+    monkeypatch.setattr("prefopt.plan_time.measure_rates", measured)
+    found = plan_anew(SMALL).time
+    assert found.is_assumed == (faster > 1)
+    if faster > 1:
+        assert found.seconds == vendor.seconds
+        assert found.source.startswith("assumed: 42%")
+        assert found.source.endswith("at the rate measured for a moment")
+    else:
+        assert found.seconds > 1.5 * vendor.seconds
+        assert found.source == "measured for a moment"
+    assert not plan_anew(replace(SMALL, utilisation=1.0)).time.is_assumed
 
 
 def test_nobody_knows_how_fast_an_unknown_gpu_is():
