@@ -1,9 +1,13 @@
 """The paid judge against somebody else's stand-in for the API, over TCP: not our idea of it alone."""
 
+import functools
+
 import anthropic
 import httpx2
 import pytest
+import uvicorn
 from llmock.scenarios import Fail, Match, Reply
+from llmock.testing import LLMockServer
 
 from prefopt.errors import BudgetExceeded
 from prefopt.judges import judge_comparisons
@@ -16,6 +20,22 @@ pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
 MODEL = "claude-sonnet-5-5"
 MESSAGES = Match(provider="anthropic", path="*/v1/messages")
+
+
+@pytest.fixture(scope="module")
+def llmock_server():
+    """The plugin's, for these tests alone, on the loop of the standard library.
+
+    With uvloop installed it would run on that, whose libuv 1.48 changes what it waits for through
+    io_uring and may miss an event (libuv's issues 4323 and 4328); and every logger of the process
+    would be set up anew.
+    """
+    config = functools.partial(uvicorn.Config, loop="asyncio", log_config=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn, "Config", config)
+        server = LLMockServer().start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
@@ -39,7 +59,8 @@ def judge(client, waits):
     async def sleep(seconds):
         waits.append(seconds)
 
-    return AnthropicJudge(MODEL, max_usd=1.0, client=client, sleep=sleep)
+    # An answer that never comes is an error here, and not a run that stands still.
+    return AnthropicJudge(MODEL, max_usd=1.0, client=client, sleep=sleep, timeout_s=60)
 
 
 def pairs(n):
@@ -143,7 +164,7 @@ def test_prose_is_no_verdict(llmock, judge):
 
 def test_the_limit_of_money_holds_over_a_real_connection(llmock, client):
     llmock.add(says("first", times=None))
-    judge = AnthropicJudge(MODEL, max_usd=0.05, client=client, concurrency=1)
+    judge = AnthropicJudge(MODEL, max_usd=0.05, client=client, concurrency=1, timeout_s=60)
     with pytest.raises(BudgetExceeded):
         judged(judge, 200)
     assert 0 < judge.spent_usd <= 0.05
