@@ -10,7 +10,6 @@ does not fit. Nothing of a model but its `config.json` is read.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from prefopt.errors import DataError, ModelError
-from prefopt.models import resolve_model_path
 from prefopt.plan_config import Method, PlanConfig
 from prefopt.plan_hardware import Devices, parse_devices
 from prefopt.plan_model import ModelFacts, count_model, read_config
+from prefopt.plan_result import Change, MemoryPart, Plan, TimePlan, duration_said
+from prefopt.plan_rows import sizes_of_data
 
 if TYPE_CHECKING:
     from prefopt.plan_memory import Pass, StepMemory, StepSettings
@@ -51,74 +51,6 @@ _FRAGMENTATION = {True: 0.4, False: 0.05}
 # Rows, the autograd graph and the trainer's own objects: so much in every case that was measured.
 _BOOKKEEPING_BYTES = 52e6
 _MOST_TRACED_ROWS = 32
-_SAMPLE = 2000  # prompts of a file that are tokenized
-
-
-class MemoryPart(msgspec.Struct, frozen=True, kw_only=True):
-    """What one kind of thing takes on each device, and a remark."""
-
-    name: str
-    n_bytes: float
-    remark: str = ""
-
-
-class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """What another setting would do: the peak it leads to, and how much less that is."""
-
-    setting: str
-    peak_bytes: float
-    saves_bytes: float
-    fits: bool
-    remark: str = ""
-
-
-class TimePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """How long it takes on all devices together, and what that is made of."""
-
-    seconds: float
-    optimizer_steps: int
-    operations: float
-    tokens_fed: float
-    tokens_per_s: float
-    source: str
-    is_assumed: bool
-    usd: float | None
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="prefopt.plan/1"):
-    """What a configuration takes. Bytes are those of one device."""
-
-    model: str
-    family: str
-    n_parameters: int
-    n_trained: int
-    method: str
-    devices: str
-    n_devices: int
-    strategy: str
-    micro_batch_tokens: int
-    fullest_micro_batch: int
-    memory: tuple[MemoryPart, ...]
-    peak_bytes: float
-    step_bytes: float
-    capacity_bytes: float
-    largest_micro_batch_tokens: int | None
-    changes: tuple[Change, ...]
-    time: TimePlan | None
-    remarks: tuple[str, ...]
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within a device's memory."""
-        return self.peak_bytes <= self.capacity_bytes
-
-    def to_text(self) -> str:
-        """The plan for people."""
-        return "\n".join(_text(self))
-
-    def to_json(self) -> str:
-        """All of it, for programs."""
-        return msgspec.json.format(msgspec.json.encode(self)).decode()
 
 
 def plan_training(config: PlanConfig) -> Plan:
@@ -155,7 +87,7 @@ class _Planner:
         config = self.config
         rare: list[RowSize] = []
         if config.data is not None:
-            rows, n = _sizes_of_data(config, self.remarks)
+            rows, n = sizes_of_data(config, self.remarks)
         else:
             k = config.n_answers
             usual = (config.prompt_tokens, (config.answer_tokens,) * k)
@@ -441,7 +373,7 @@ class _Planner:
             lasting /= devices.count
             # A GPU runs its first second at a clock that it does not keep up for an hour.
             if lasting > took:
-                source = f"{sustained.source}; {_duration_said(took)} at the rate {rates.source}"
+                source = f"{sustained.source}; {duration_said(took)} at the rate {rates.source}"
                 took, rates = lasting, sustained._replace(source=source)
         if rates.is_assumed and self.facts.n_parameters < 1e9:
             self.remarks.append(
@@ -630,142 +562,3 @@ def _above_weights(parts: Sequence[MemoryPart]) -> float:
     """What a step adds to a loaded model with its adapters."""
     there = ("weights", "further models", "adapters", "runtime", "allocator", "bookkeeping")
     return sum(part.n_bytes for part in parts if part.name not in there)
-
-
-# --- Rows of a file ------------------------------------------------------------------------------
-
-
-def _sizes_of_data(config: PlanConfig, remarks: list[str]) -> tuple[list[RowSize], float]:
-    """Row sizes of a sample of a file, and how many rows the file has."""
-    assert config.data is not None
-    tokenizer = None
-    if config.shape is None:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                resolve_model_path(config.model), trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, ImportError):
-            tokenizer = None
-    if tokenizer is None:
-        remarks.append("no tokenizer is at hand: a token is taken to be four bytes of text")
-    measured = _demonstration_sizes if config.method == "sft" else _preference_sizes
-    rows, n = measured(config.data, tokenizer)
-    if n > len(rows):
-        remarks.append(f"lengths are those of {len(rows):,} of {n:,} rows, drawn at random")
-    return rows, float(n)
-
-
-def _drawn(items: Sequence[Any]) -> Sequence[Any]:
-    return items if len(items) <= _SAMPLE else random.Random(0).sample(list(items), _SAMPLE)
-
-
-def _demonstration_sizes(data: str, tokenizer: Any) -> tuple[list[RowSize], int]:
-    from prefopt.chat import tokenize_answer, tokenize_text
-    from prefopt.data.demonstrations import load_demonstrations
-
-    rows = load_demonstrations(data)
-    sizes: list[RowSize] = []
-    for row in _drawn(rows):
-        if tokenizer is None:
-            before = "" if row.prompt is None else row.prompt.text
-            sizes.append((_by_bytes(before), (_by_bytes(row.text),)))
-            continue
-        if row.prompt is None:
-            ids = tokenize_text(tokenizer, row.text)
-        else:
-            ids = tokenize_answer(tokenizer, row.prompt, row.text, complete=row.complete)
-        sizes.append((max(1, len(ids.prompt_ids)), (max(1, len(ids.answer_ids)),)))
-    return sizes, len(rows)
-
-
-def _preference_sizes(data: str, tokenizer: Any) -> tuple[list[RowSize], int]:
-    from prefopt.chat import tokenize_candidate
-    from prefopt.data.preference_data import load_preferences
-
-    groups = load_preferences(data)
-    sizes: list[RowSize] = []
-    for group in _drawn(groups):
-        if tokenizer is None:
-            texts = [answer.text for answer in group.answers]
-            sizes.append((_by_bytes(group.prompt.text), tuple(map(_by_bytes, texts))))
-            continue
-        ids = [tokenize_candidate(tokenizer, answer) for answer in group.answers]
-        prompt = max(len(each.prompt_ids) for each in ids)
-        sizes.append((max(1, prompt), tuple(max(1, len(each.answer_ids)) for each in ids)))
-    return sizes, len(groups)
-
-
-def _by_bytes(text: str) -> int:
-    return max(1, math.ceil(len(text.encode()) / 4))
-
-
-# --- Text ----------------------------------------------------------------------------------------
-
-
-def _text(found: Plan) -> Iterator[str]:
-    count = f"{found.n_devices} x " if found.n_devices > 1 else ""
-    shared = f", {found.strategy}" if found.n_devices > 1 else ""
-    yield (
-        f"{found.method} of {found.model} ({found.family}, {found.n_parameters / 1e9:.3g}B "
-        f"parameters, {found.n_trained / 1e6:,.1f}M trained) on {count}{found.devices}{shared}"
-    )
-    yield ""
-    whose = "each device" if found.n_devices > 1 else "memory"
-    yield f"{whose:<34}      GB"
-    for part in sorted(found.memory, key=lambda part: -part.n_bytes):
-        yield f"  {part.name:<32}{part.n_bytes / 1e9:8.2f}  {part.remark}".rstrip()
-    verdict = "fits" if found.fits else "DOES NOT FIT"
-    yield (
-        f"  {'at its fullest':<32}{found.peak_bytes / 1e9:8.2f}  of {found.capacity_bytes / 1e9:.1f}: "
-        f"{verdict}"
-    )
-    yield ""
-    yield (
-        f"Micro-batches of {found.micro_batch_tokens:,} tokens; the fullest feeds "
-        f"{found.fullest_micro_batch:,}. {_largest_said(found)}"
-    ).rstrip()
-    if found.changes:
-        yield ""
-        yield "What would help                                          peak, GB   less, GB"
-        for change in found.changes:
-            mark = "fits" if change.fits else ""
-            yield (
-                f"  {change.setting:<55}{change.peak_bytes / 1e9:8.2f}"
-                f"{change.saves_bytes / 1e9:11.2f}  {mark:<5}{change.remark}"
-            ).rstrip()
-    elif not found.fits and found.largest_micro_batch_tokens is not None:
-        yield "No single setting makes it fit: take a smaller model, shorter rows or more memory."
-    if found.time is not None:
-        yield ""
-        yield from _time_said(found.time)
-    for remark in found.remarks:
-        yield f"Note: {remark}."
-
-
-def _largest_said(found: Plan) -> str:
-    most = found.largest_micro_batch_tokens
-    if most is None:
-        return ""
-    if most == 0:
-        return "Not even one row of the usual length fits."
-    return f"Up to about {most:,} would fit."
-
-
-def _time_said(time: TimePlan) -> Iterator[str]:
-    usd = "" if time.usd is None else f", ${time.usd:,.2f}"
-    yield (
-        f"Time: {_duration_said(time.seconds)}{usd} for {time.optimizer_steps:,} steps "
-        f"({time.tokens_fed:,.0f} tokens, {time.tokens_per_s:,.0f} a second, "
-        f"{time.operations:.2g} operations)"
-    )
-    yield f"  {time.source}"
-
-
-def _duration_said(s: float) -> str:
-    if s < 120:
-        return f"{s:.0f} s"
-    if s < 7200:
-        return f"{s / 60:.0f} min"
-    return f"{s / 3600:.1f} h"

@@ -94,6 +94,8 @@ def test_dependencies_point_one_way(path):
         "plan_hardware": 0,
         "plan_model": 3,
         "plan_memory": 4,
+        "plan_result": 0,
+        "plan_rows": 4,
         "plan_time": 4,
     }
     ranks |= dict.fromkeys(MATH_SIDE, 0)

@@ -10,11 +10,11 @@ import pytest
 from prefopt.cli import main
 from prefopt.errors import DataError, ModelError
 from prefopt.models import LoRASettings
-from prefopt.plan import Plan
 from prefopt.plan import plan_training as plan_anew
 from prefopt.plan_config import PlanConfig
 from prefopt.plan_hardware import parse_devices
 from prefopt.plan_model import ModelShape
+from prefopt.plan_result import Plan
 from prefopt.plan_time import UTILISATION, assumed_rates
 from tests.tiny_models import save_tiny_model
 
