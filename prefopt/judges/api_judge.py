@@ -786,14 +786,18 @@ def _streamed(
         await produce(emit)
 
     def work() -> None:
+        coroutine = main()
+        end = _End()
         try:
-            asyncio.run(main())
+            asyncio.run(coroutine)
         except asyncio.CancelledError:
-            results.put(_End())
+            pass
         except BaseException as error:
-            results.put(_End(error))
-        else:
-            results.put(_End())
+            end = _End(error)
+        finally:
+            coroutine.close()
+            started.cancel()  # where there was no event loop to be had; else without effect
+            results.put(end)
 
     thread = threading.Thread(target=work, name="prefopt-judge", daemon=True)
     thread.start()
@@ -809,7 +813,8 @@ def _streamed(
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # already cancelled
                 taken.set_result(None)
     finally:
-        loop, task = started.result()
-        with contextlib.suppress(RuntimeError):  # the loop is closed when all is done
-            loop.call_soon_threadsafe(task.cancel)
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            loop, task = started.result()
+            with contextlib.suppress(RuntimeError):  # the loop is closed when all is done
+                loop.call_soon_threadsafe(task.cancel)
         thread.join()

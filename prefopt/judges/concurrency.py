@@ -44,7 +44,7 @@ class AdaptiveLimit:
 
     async def acquire(self) -> int:
         """Wait for a place; returns a number to hand back to `release`."""
-        while self.under_way >= self.limit or self._pausing is not None:
+        while self.under_way >= self.limit or self._paused:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             await turn
@@ -88,9 +88,17 @@ class AdaptiveLimit:
         self._pausing = asyncio.get_running_loop().create_task(self._pause(seconds))
 
     async def _pause(self, seconds: float) -> None:
-        await self._sleep(seconds)
-        self._pausing = None
-        self._wake()
+        try:
+            await self._sleep(seconds)
+        finally:
+            if self._pausing is asyncio.current_task():
+                self._pausing = None
+                self._wake()
+
+    @property
+    def _paused(self) -> bool:
+        # One that was cut off with its event loop must not hold up the next one for ever.
+        return self._pausing is not None and not self._pausing.done()
 
     def open_gates(self) -> None:
         """Let everyone through, so that those who wait can see that all is over."""
@@ -102,7 +110,7 @@ class AdaptiveLimit:
 
     def _wake(self) -> None:
         free = self.limit - self.under_way
-        while self._waiting and free > 0 and self._pausing is None:
+        while self._waiting and free > 0 and not self._paused:
             turn = self._waiting.pop(0)
             if not turn.done():
                 turn.set_result(None)

@@ -183,6 +183,28 @@ def test_without_a_client_one_is_made_from_the_environment_and_closed(monkeypatc
 # --- Prices and estimates ---------------------------------------------------------------------
 
 
+def test_where_no_event_loop_can_be_had_the_reason_is_told(monkeypatch):
+    """As where a process has too many files open. It must not wait for a loop that never started."""
+
+    def no_loop(coroutine):
+        raise OSError(24, "Too many open files")
+
+    judge = fake_judge(FakeAnthropic(prefer_good))
+    monkeypatch.setattr(asyncio, "run", no_loop)
+    told = []
+
+    def ask():
+        try:
+            next(judge.verdicts(numbered(1)))
+        except OSError as error:
+            told.append(error.errno)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(20)
+    assert told == [24]
+
+
 def test_prices_are_dated_and_every_price_is_positive():
     assert PRICES_AS_OF == "2026-11-23"
     for price in PRICES.values():

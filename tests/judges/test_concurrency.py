@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,38 @@ def test_an_objection_halves_it_once_a_round_and_growth_is_slow_after_that():
         assert limit.limit == 17
         limit.congested(await limit.acquire() if limit.under_way < limit.limit else 1)
         assert limit.limit == 8
+
+    run(main())
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_pause_cut_off_with_its_event_loop_does_not_hold_up_the_next(turns):
+    """As when a run of a judge is interrupted and the judge is asked again."""
+    limit = AdaptiveLimit(4)
+
+    async def interrupted():
+        limit.pause(1000.0)
+        for _ in range(turns):  # the pause has not begun, or has
+            await asyncio.sleep(0)
+
+    async def again():
+        await asyncio.wait_for(limit.acquire(), 5)
+
+    run(interrupted())
+    run(again())
+    assert limit.under_way == 1
+
+
+def test_a_pause_that_fails_lets_everybody_go_on():
+    async def main():
+        async def sleep(seconds):
+            raise OSError("no clock")
+
+        limit = AdaptiveLimit(4, sleep=sleep)
+        limit.pause(1.0)
+        pausing = limit._pausing
+        await asyncio.wait_for(limit.acquire(), 5)
+        assert isinstance(pausing.exception(), OSError)
 
     run(main())
 
