@@ -48,8 +48,8 @@ number of prompts were tried there, all on those prompts: the policies fit the t
 than others, so more data is what they lack. On `smollm2` sentiment with 96 prompts came first (0.17
 and 0.13 of best-of-n), trials on other prompts led to the reading level, and then, on the prompts that
 are reported, there were 1,536 of them (beta 0.5: 0.86) or 3,072, and the rate 3e-4 or 1e-3 (1,536
-prompts: 0.73 at beta 0.5, 0.67 at 1). On `smollm2_gpu` DPO's rate 3e-4 of {3e-4, 1e-3, 2e-3}, with 2,048 of the
-prompts; PPO's settings are untried.
+prompts: 0.73 at beta 0.5, 0.67 at 1). On `smollm2_gpu` DPO's rate 3e-4 of {3e-4, 1e-3, 2e-3}, with
+2,048 of the prompts; PPO's settings are untried.
 """
 
 from __future__ import annotations
