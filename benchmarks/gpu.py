@@ -911,7 +911,9 @@ def trainers(args: argparse.Namespace) -> dict[str, Any]:
 def plan(args: argparse.Namespace, base: Any) -> dict[str, Any]:
     """Predictions for trainings on rows of one length, and the trainings."""
     found, plan_of = [], PLANS[args.shape]
-    prompt, answer, n_warmup, n_steps = 164 // plan_of.shorter, 54 // plan_of.shorter, 2, 3
+    n_warmup, n_steps = gpu_plan.N_WARMUP, gpu_plan.N_STEPS
+    prompt = gpu_plan.PROMPT_TOKENS // plan_of.shorter
+    answer = gpu_plan.ANSWER_TOKENS // plan_of.shorter
     draw = random.Random(0)
 
     def words(size: int) -> tuple[int, ...]:

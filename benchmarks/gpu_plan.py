@@ -20,6 +20,8 @@ from prefopt.models import LoRASettings
 
 TARGET = 0.15
 LEFT_OUT = ("allocator", "runtime")
+PROMPT_TOKENS, ANSWER_TOKENS = 164, 54  # of every row; fewer for the smallest shape
+N_WARMUP, N_STEPS = 2, 3
 
 
 def predict(
@@ -64,9 +66,9 @@ def predict(
     }
 
 
-def planned_s(entry: dict[str, Any]) -> float:
-    """What `prefopt plan --gpus auto` says: the longer of both."""
-    return float(max(entry["seconds"], entry["assumed_s"] or 0.0))
+def planned_s(moment_s: float | None, assumed_s: float | None) -> float:
+    """What `prefopt plan --gpus auto` says: the longer of both, or the one there is."""
+    return max(moment_s or 0.0, assumed_s or 0.0)
 
 
 def compare(
@@ -81,7 +83,7 @@ def compare(
         "memory_error": memory,
     }
     shown = "-" if memory is None else f"{memory:+.0%}"
-    off = planned_s(result) / seconds - 1
+    off = planned_s(result["seconds"], result["assumed_s"]) / seconds - 1
     say(f"  plan at {result['tokens']} tokens: memory {shown}, time {off:+.0%}")
     return result
 
@@ -98,12 +100,13 @@ def lines(key: str, machine: str, entry: dict[str, Any]) -> list[str]:
         memory = "- | -"
         if r["measured_gb"] is not None:
             memory = f"{r['memory_gb']:.1f} / {r['measured_gb']:.1f} | {r['memory_error']:+.0%}"
+        said = planned_s(r["seconds"], r["assumed_s"])
         planned, moment, assumed = (
             None if seconds is None else seconds / r["measured_s"] - 1
-            for seconds in (planned_s(r), r["seconds"], r["assumed_s"])
+            for seconds in (said, r["seconds"], r["assumed_s"])
         )
         found.append(
-            f"| {r['tokens']:,} | {memory} | {planned_s(r):.1f} / {r['measured_s']:.1f} | "
+            f"| {r['tokens']:,} | {memory} | {said:.1f} / {r['measured_s']:.1f} | "
             f"{planned:+.0%} | {moment:+.0%} | {'-' if assumed is None else f'{assumed:+.0%}'} |"
         )
     return [

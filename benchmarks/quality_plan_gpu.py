@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu, gpu_plan
 from prefopt import PlanConfig, plan_training
@@ -32,14 +35,19 @@ class Case(NamedTuple):
 
     name: str
     tokens: int
-    planned_s: float
+    assumed_s: float
     moment_s: float | None
     measured_s: float
 
     @property
+    def planned_s(self) -> float:
+        """What the plan says."""
+        return gpu_plan.planned_s(self.moment_s, self.assumed_s)
+
+    @property
     def error(self) -> float:
         """Of the plan, as a share of what was measured."""
-        return max(self.planned_s, self.moment_s or 0.0) / self.measured_s - 1
+        return self.planned_s / self.measured_s - 1
 
 
 def assumed_s(
@@ -89,10 +97,12 @@ def drawn(entry: dict[str, Any]) -> Case:
 def planned(shape: str, checkpointing: bool, entry: dict[str, Any]) -> Iterator[Case]:
     """The trainings on rows of one length, as `gpu.py --only plan` runs them."""
     sizes = gpu.PLANS[shape]
-    prompt, answer = 164 // sizes.shorter, 54 // sizes.shorter
+    prompt = gpu_plan.PROMPT_TOKENS // sizes.shorter
+    answer = gpu_plan.ANSWER_TOKENS // sizes.shorter
     batch = sizes.pairs_a_step
+    rows = gpu_plan.N_STEPS * batch
+    assumed = assumed_s(shape, prompt, answer, 2, rows, batch, checkpointing)
     for case in entry["cases"]:
-        assumed = assumed_s(shape, prompt, answer, 2, 3 * batch, batch, checkpointing)
         yield Case(
             f"{shape}, one length", case["tokens"], assumed, case["seconds"], case["measured_s"]
         )
@@ -123,7 +133,7 @@ def markdown(cases: Sequence[Case]) -> str:
     for case in cases:
         moment = "-" if case.moment_s is None else f"{case.moment_s / case.measured_s - 1:+.0%}"
         found.append(
-            f"| {case.name} | {case.tokens:,} | {max(case.planned_s, case.moment_s or 0):.2f} | "
+            f"| {case.name} | {case.tokens:,} | {case.planned_s:.2f} | "
             f"{case.measured_s:.2f} | {case.error:+.0%} | {moment} |"
         )
     return "\n".join(

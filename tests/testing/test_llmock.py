@@ -26,9 +26,8 @@ MESSAGES = Match(provider="anthropic", path="*/v1/messages")
 def llmock_server():
     """The plugin's, for these tests alone, on the loop of the standard library.
 
-    With uvloop installed it would run on that, whose libuv 1.48 changes what it waits for through
-    io_uring and may miss an event (libuv's issues 4323 and 4328); and every logger of the process
-    would be set up anew.
+    Twice the first of these tests waited for ever, at the end of a whole run; why is not known. So the
+    server has no part that it can do without: no uvloop, and no logging set up anew for the process.
     """
     config = functools.partial(uvicorn.Config, loop="asyncio", log_config=None)
     with pytest.MonkeyPatch.context() as patch:
