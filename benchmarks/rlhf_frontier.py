@@ -58,6 +58,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import importlib.resources
 import itertools
 import json
@@ -74,7 +75,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -235,16 +236,16 @@ SETTINGS = {
         prompts_seed=1000,
         opening=8,
         length=12,
-        train=3072,
-        test=64,
-        drawn=8,
+        train=8192,
+        test=128,
+        drawn=16,
         pool=64,
-        at_once=128,
+        at_once=512,
         k=4,
         betas=(0.5, 1.0),
         dpo={
             "learning_rate": 3e-4,
-            "per_device_train_batch_size": 16,
+            "per_device_train_batch_size": 8,
             "micro_batch_tokens": 512,
             "lr_scheduler_type": "cosine",
         },
@@ -324,9 +325,6 @@ class World:
 SETTINGS["smollm2_gpu"] = dataclasses.replace(
     SETTINGS["smollm2"],
     length=16,
-    train=8192,
-    test=128,
-    drawn=16,
     pool=128,
     at_once=4096,
     gold=Sentiment,
@@ -471,6 +469,26 @@ def reference_of(policy: Any, model: Any) -> Iterator[Any]:
             yield policy
     else:
         yield model
+
+
+class Kept(NamedTuple):
+    """Sampled answers, and the CPU seconds that they took, maybe in an earlier call."""
+
+    trees: list[AnswerTree]
+    cpu_s: float
+
+
+def kept_trees(path: Path, make: Callable[[], list[AnswerTree]]) -> Kept:
+    """What `make` samples, from this file where an earlier or parallel call has left it."""
+    if not path.exists():
+        started = time.process_time()
+        made = [[tree.prompt_ids, tree.answers] for tree in make()]
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"cpu_s": time.process_time() - started, "trees": made}))
+        partial.replace(path)
+    found = json.loads(path.read_text())
+    trees = [AnswerTree(tuple(p), tuple(map(tuple, answers))) for p, answers in found["trees"]]
+    return Kept(trees, found["cpu_s"])
 
 
 # --- Training, by prefopt's trainers -------------------------------------------------------------
@@ -677,37 +695,56 @@ def run_part(
     folder: Path,
     say: Callable[[str], None],
     device: str = "cpu",
-) -> Figures:
-    """All policies of one model. Each that is measured is kept in `folder` and not done again."""
+    only: Sequence[str] | None = None,
+) -> Figures | None:
+    """All policies of one model, or None where `only` some were asked for and not all are there.
+
+    Each that is measured is kept in `folder`, with the answers sampled for it, and not done again.
+    """
     setting = SETTINGS[part]
     folder.mkdir(parents=True, exist_ok=True)
+    mark = f"{part}-{hashlib.sha256(repr(setting).encode()).hexdigest()[:8]}"
     started = time.process_time()
     model, tokenizer, first, name = MODELS[part]()
     model = model.to(device)
     world = World(model, tokenizer, setting, first)
-    prompts = world.openings(setting.test + setting.train, setting.prompts_seed)
+    spent = time.process_time() - started
+
+    def draw() -> list[AnswerTree]:
+        prompts = world.openings(setting.test + setting.train, setting.prompts_seed)
+        test, train = prompts[: setting.test], prompts[setting.test :]
+        pool = world.sample(model, test, setting.pool, 1)
+        return pool + [AnswerTree(prompt, ()) for prompt in train]
+
+    drawn, cpu_s = kept_trees(folder / f"{mark}-prompts.json", draw)
+    pool, prompts = drawn[: setting.test], [tree.prompt_ids for tree in drawn]
     test, train = prompts[: setting.test], prompts[setting.test :]
-    pool = world.sample(model, test, setting.pool, 1)
+    started = time.process_time()
     world.gold.calibrate([t for tree in pool for t in tokenizer.batch_decode(tree.answers)])
     scores = world.rewards(pool)
     best = BestOf(scores)
-    spent = time.process_time() - started
-    runs: dict[str, list[Figures]] = {method: [] for method in methods(setting)}
+    spent += cpu_s + time.process_time() - started
+    wanted = methods(setting)
+    runs: dict[str, list[Figures]] = {method: [] for method in wanted}
+    labelling = dict.fromkeys(seeds, 0.0)
     for seed in seeds:
-        rows = None
-        for method, more in methods(setting).items():
-            kept = folder / f"{part}-{re.sub(r'[^a-z0-9.]+', '-', method)}-{seed}.json"
+        trees, labelling[seed] = kept_trees(
+            folder / f"{mark}-answers-{seed}.json",
+            lambda seed=seed: world.sample(model, train, setting.k, 100 + seed),
+        )
+        rows = labelled(trees, world.rewards(trees))
+        for method, more in wanted.items():
+            kept = folder / f"{mark}-{re.sub(r'[^a-z0-9.]+', '-', method)}-{seed}.json"
             if kept.exists():
                 runs[method].append(json.loads(kept.read_text()))
+                continue
+            if only is not None and method not in only:
                 continue
             started = time.process_time()
             with tempfile.TemporaryDirectory() as out:
                 if more is None:
                     policy = train_ppo(world, train, seed, out)
                 else:
-                    if rows is None:
-                        trees = world.sample(model, train, setting.k, 100 + seed)
-                        rows = labelled(trees, world.rewards(trees))
                     policy = train_dpo(world, rows, seed, out, more)
             found = evaluate(world, policy, test, seed)
             found |= {"seed": seed, "cpu_s": time.process_time() - started}
@@ -721,6 +758,10 @@ def run_part(
                 f"{statistics.mean(found['k1']):.2f}, "
                 f"ratio {summary([found], best)['ratio']['mean']:.2f} ({found['cpu_s']:.0f} s)"
             )
+    missing = [method for method, found in runs.items() if len(found) < len(seeds)]
+    if missing:
+        say(f"{part}: not measured yet: {', '.join(missing)}")
+        return None
     curve = [
         {
             "n": n,
@@ -735,7 +776,10 @@ def run_part(
         [AnswerTree(tree.prompt_ids, tree.answers[: setting.drawn]) for tree in pool]
     )
     policies = {method: summary(found, best) for method, found in runs.items()}
-    by_seed = [sum(run["cpu_s"] for run in of_seed) for of_seed in zip(*runs.values(), strict=True)]
+    by_seed = [
+        labelling[seed] + sum(found[i]["cpu_s"] for found in runs.values())
+        for i, seed in enumerate(seeds)
+    ]
     minutes = (spent + max(by_seed)) / 60
     say(f"{part}: {minutes:.1f} CPU minutes for the slowest seed, all policies and best-of-n")
     return {
@@ -748,6 +792,7 @@ def run_part(
             for n in np.geomspace(1, setting.pool / 2, 60).tolist()
         ],
         "shared_cpu_s": spent,
+        "labelling_cpu_s": statistics.mean(labelling.values()),
         "cpu_minutes": minutes,
         "reference_distinct_bigrams": distinct,
         "policies": policies,
@@ -787,12 +832,17 @@ def run_frontier(
     parts: Sequence[str] = ("sentences",),
     say: Callable[[str], None] = print,
     device: str = "cpu",
+    only: Sequence[str] | None = None,
 ) -> Figures:
-    """Measure the parts; every policy is kept in `folder`, so that a stopped call goes on."""
+    """Measure the parts; all is kept in `folder`, so that a stopped call goes on.
+
+    `only` names policies, such as "dpo 0.5"; a part whose others are not kept yet is left out.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     logging.getLogger("prefopt").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
-    return {part: run_part(part, seeds, Path(folder), say, device) for part in parts}
+    found = {part: run_part(part, seeds, Path(folder), say, device, only) for part in parts}
+    return {part: figures for part, figures in found.items() if figures is not None}
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -899,13 +949,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=list(SETTINGS), default=["sentences"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12])
-    parser.add_argument("--cache", type=Path, help="keeps finished policies; None: kept nowhere")
+    parser.add_argument(
+        "--cache", type=Path, help="keeps samples and finished policies; None: kept nowhere"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        help="these policies, such as 'dpo 0.5', so that calls side by side can share a --cache",
+    )
     parser.add_argument("--quick", action="store_true", help="no files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         parts = run_frontier(
-            options.seeds, options.cache or temporary, options.parts, device=options.device
+            options.seeds,
+            options.cache or temporary,
+            options.parts,
+            device=options.device,
+            only=options.only,
         )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
@@ -916,6 +977,8 @@ def main() -> int:
         if options.device == "cuda":
             part["machine"] = torch.cuda.get_device_name()
         part["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    if not parts:
+        return 0
     print(table({"parts": parts}))
     if not options.quick:
         write(parts, RESULTS)

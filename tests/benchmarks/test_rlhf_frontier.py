@@ -150,8 +150,14 @@ def test_adapters_leave_the_reference_as_it_was(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(frontier.SETTINGS, "sentences", setting)
     model = tiny[0]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    parts = frontier.run_frontier([0], tmp_path, ["sentences"], lambda _: None)
+    # Two calls that share what they keep: the first has one policy only, so nothing to report.
+    said = []
+    assert not frontier.run_frontier([0], tmp_path, ["sentences"], said.append, only=["dpo 0.5"])
+    assert said[-1] == "sentences: not measured yet: dpo 1"
+    parts = frontier.run_frontier([0], tmp_path, ["sentences"], said.append, only=["dpo 1"])
     assert list(parts["sentences"]["policies"]) == ["dpo 0.5", "dpo 1"]
+    assert len([line for line in said if "gold" in line]) == 2
+    assert parts["sentences"]["labelling_cpu_s"] > 0
     assert all(p["kl_k3"]["mean"] > 1e-4 for p in parts["sentences"]["policies"].values())
     after = model.state_dict()
     assert before.keys() == after.keys()
