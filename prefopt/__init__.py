@@ -70,14 +70,12 @@ if TYPE_CHECKING:
     from prefopt.serving.gguf_file import export_gguf_adapter as export_gguf_adapter
     from prefopt.serving.hub_push import plan_push as plan_push
     from prefopt.serving.hub_push import push as push
-    from prefopt.training.callbacks import HealthWatch as HealthWatch
-    from prefopt.training.callbacks import JudgeWinRate as JudgeWinRate
-    from prefopt.training.callbacks import ProgressBar as ProgressBar
-    from prefopt.training.callbacks import SampledAnswers as SampledAnswers
     from prefopt.training.dpo import DPOSettings as DPOSettings
     from prefopt.training.dpo import train_dpo as train_dpo
     from prefopt.training.dpo_trainer import DPOConfig as DPOConfig
     from prefopt.training.dpo_trainer import DPOTrainer as DPOTrainer
+    from prefopt.training.health_watch import HealthWatch as HealthWatch
+    from prefopt.training.judge_win_rate import JudgeWinRate as JudgeWinRate
     from prefopt.training.online_dpo_trainer import OnlineDPOConfig as OnlineDPOConfig
     from prefopt.training.online_dpo_trainer import OnlineDPOTrainer as OnlineDPOTrainer
     from prefopt.training.ppo import PPOSettings as PPOSettings
@@ -85,6 +83,7 @@ if TYPE_CHECKING:
     from prefopt.training.ppo_callbacks import PPOHealthWatch as PPOHealthWatch
     from prefopt.training.ppo_trainer import PPOConfig as PPOConfig
     from prefopt.training.ppo_trainer import PPOTrainer as PPOTrainer
+    from prefopt.training.progress_bar import ProgressBar as ProgressBar
     from prefopt.training.replay import own_answers as own_answers
     from prefopt.training.reward import RewardSettings as RewardSettings
     from prefopt.training.reward import evaluate_reward_model as evaluate_reward_model
@@ -93,6 +92,7 @@ if TYPE_CHECKING:
     from prefopt.training.reward_report import RewardReport as RewardReport
     from prefopt.training.reward_trainer import RewardConfig as RewardConfig
     from prefopt.training.reward_trainer import RewardTrainer as RewardTrainer
+    from prefopt.training.sampled_answers import SampledAnswers as SampledAnswers
     from prefopt.training.sft import SFTSettings as SFTSettings
     from prefopt.training.sft import train_sft as train_sft
     from prefopt.types import Candidate as Candidate
@@ -161,10 +161,10 @@ _HOMES = {
     "export_gguf_adapter": "serving.gguf_file",
     "plan_push": "serving.hub_push",
     "push": "serving.hub_push",
-    "HealthWatch": "training.callbacks",
-    "JudgeWinRate": "training.callbacks",
-    "ProgressBar": "training.callbacks",
-    "SampledAnswers": "training.callbacks",
+    "HealthWatch": "training.health_watch",
+    "JudgeWinRate": "training.judge_win_rate",
+    "ProgressBar": "training.progress_bar",
+    "SampledAnswers": "training.sampled_answers",
     "DPOConfig": "training.dpo_trainer",
     "DPOTrainer": "training.dpo_trainer",
     "own_answers": "training.replay",

@@ -338,8 +338,8 @@ def _make_trainer(
 ) -> Any:
     import datasets
 
-    from prefopt.training.callbacks import ProgressBar
     from prefopt.training.dpo_trainer import DPOConfig, DPOTrainer
+    from prefopt.training.progress_bar import ProgressBar
 
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
     args = DPOConfig(

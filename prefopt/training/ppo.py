@@ -235,9 +235,9 @@ def _make_trainer(
     checkpoint_dir: Path,
     progress: bool,
 ) -> tuple[Any, Any]:
-    from prefopt.training.callbacks import ProgressBar
     from prefopt.training.ppo_callbacks import PPOHealthWatch
     from prefopt.training.ppo_trainer import PPOConfig, PPOTrainer
+    from prefopt.training.progress_bar import ProgressBar
     from prefopt.training.tree_model import is_wrapped
 
     per_rollout = settings.epochs * settings.mini_batches

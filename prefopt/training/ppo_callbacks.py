@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from prefopt.training.callbacks import HealthWatch
 from prefopt.training.health import HealthNote
+from prefopt.training.health_watch import HealthWatch
 from prefopt.training.ppo_health import (
     GoldPoint,
     PPOPoint,

@@ -53,11 +53,12 @@ from prefopt.ppo_losses import (
     clipped_policy_losses,
     clipped_value_losses,
 )
+from prefopt.training.answer_callback import AnswerCallback
 from prefopt.training.answer_rewards import SampledBatch, Scores, reward_source
-from prefopt.training.callbacks import AnswerCallback, ProgressBar
 from prefopt.training.fused_model import AS_IT_IS
 from prefopt.training.policy_setup import check_sharding, load_policy, prepare_reference
 from prefopt.training.ppo_config import PPOConfig as PPOConfig
+from prefopt.training.progress_bar import ProgressBar
 from prefopt.training.prompt_rows import PromptRow, PromptSet, RolloutSampler
 from prefopt.training.reference import Reference
 from prefopt.training.replay import (

@@ -334,7 +334,7 @@ def _make_trainer(
 ) -> Any:
     import datasets
 
-    from prefopt.training.callbacks import ProgressBar
+    from prefopt.training.progress_bar import ProgressBar
     from prefopt.training.reward_trainer import RewardConfig, RewardTrainer
 
     n_parameters = sum(p.numel() for p in reward.model.parameters())

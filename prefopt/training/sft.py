@@ -340,7 +340,7 @@ def _make_trainer(
     import torch
     import trl
 
-    from prefopt.training.callbacks import ProgressBar
+    from prefopt.training.progress_bar import ProgressBar
     from prefopt.training.sft_trainer import SFTTrainer, token_columns
 
     n_parameters = sum(p.numel() for p in loaded.model.parameters())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prefopt.errors import TrainingError
 from prefopt.out_of_memory import is_out_of_memory, memory_words
-from prefopt.training.callbacks import AnswerCallback, ProgressBar
+from prefopt.training.answer_callback import AnswerCallback
 from prefopt.training.preference_rows import (
     TOKEN_COLUMNS,
     MicroBatch,
@@ -35,6 +35,7 @@ from prefopt.training.preference_rows import (
     tokenize_preferences,
     usable_rows,
 )
+from prefopt.training.progress_bar import ProgressBar
 from prefopt.training.sharding import counted_once, most, pass_of_step
 from prefopt.training.tree_model import (
     Scoring,

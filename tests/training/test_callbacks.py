@@ -25,15 +25,10 @@ from transformers.integrations import TensorBoardCallback, integration_utils
 import prefopt
 from prefopt.errors import BudgetExceeded, DataError, JudgeUnavailable, TrainingError
 from prefopt.judges import ScriptedJudge
-from prefopt.training.callbacks import (
-    HealthWatch,
-    JudgeWinRate,
-    ProgressBar,
-    SampledAnswer,
-    SampledAnswers,
-    WinRateAtStep,
-    distinct_n,
-)
+from prefopt.training.health_watch import HealthWatch
+from prefopt.training.judge_win_rate import JudgeWinRate, WinRateAtStep
+from prefopt.training.progress_bar import ProgressBar
+from prefopt.training.sampled_answers import SampledAnswer, SampledAnswers, distinct_n
 from prefopt.types import Candidate, Prompt, Verdict
 
 PROMPTS = ["What is the colour of the sky?", "Hello! How are you?", "the sea"]
@@ -152,7 +147,7 @@ class Bar:
 @pytest.fixture
 def bars(monkeypatch):
     Bar.made = ()
-    monkeypatch.setattr("prefopt.training.callbacks.progress_bar", Bar)
+    monkeypatch.setattr("prefopt.training.progress_bar.progress_bar", Bar)
     return lambda: Bar.made
 
 
@@ -711,7 +706,7 @@ def test_the_chosen_answers_are_measured_by_the_trainers_beta(caplog):
 def test_a_long_log_costs_no_more_than_its_length(monkeypatch):
     read_points = []
     monkeypatch.setattr(
-        "prefopt.training.callbacks.findings_so_far",
+        "prefopt.training.health_watch.findings_so_far",
         lambda points, **_: read_points.append(len(points)) or (),
     )
     feed(HealthWatch(), [entry()] * 4000)
