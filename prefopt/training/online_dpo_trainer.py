@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from prefopt.advantages import online_dpo_pairs
+from prefopt.training.experience import Experience
 from prefopt.training.ppo_config import PPOConfig
-from prefopt.training.ppo_trainer import Experience, PPOTrainer
+from prefopt.training.ppo_trainer import PPOTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -316,7 +316,7 @@ def _save(
     trainer: Any, weights: Any, loaded: LanguageModel, result: PPOResult, settings: PPOSettings
 ) -> None:
     from prefopt.data.records import write_bytes, write_records
-    from prefopt.training.ppo_trainer import ROLLOUTS_FILE
+    from prefopt.training.rollout_log import ROLLOUTS_FILE
 
     with whole_folder(result.adapter) as folder:
         trainer.roles.save(folder, weights)

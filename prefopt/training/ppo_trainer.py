@@ -23,12 +23,11 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import datasets
-import msgspec
 import torch
 import transformers
 from torch import Tensor
@@ -55,6 +54,13 @@ from prefopt.ppo_losses import (
 )
 from prefopt.training.answer_callback import AnswerCallback
 from prefopt.training.answer_rewards import SampledBatch, Scores, reward_source
+from prefopt.training.experience import (
+    Experience,
+    MicroBatch,
+    PlannedStep,
+    empty_experience,
+    micro_batches,
+)
 from prefopt.training.fused_model import AS_IT_IS
 from prefopt.training.policy_setup import check_sharding, load_policy, prepare_reference
 from prefopt.training.ppo_config import PPOConfig as PPOConfig
@@ -70,6 +76,11 @@ from prefopt.training.replay import (
 )
 from prefopt.training.reward_model import RewardModel
 from prefopt.training.rlhf_model import VALUE, TrainedRoles, build_roles
+from prefopt.training.rollout_log import (
+    CheckpointsBetweenRollouts,
+    LoggedAnswer,
+    append_answers,
+)
 from prefopt.training.rollouts import (
     RolloutEngine,
     RolloutSettings,
@@ -98,90 +109,18 @@ from prefopt.training.tree_model import (
 from prefopt.training.tree_trainer import Averages
 from prefopt.training.whole_checkpoints import WholeCheckpoints
 from prefopt.trees import (
-    AnswerTree,
-    PaddedAnswers,
-    TreeBatch,
     default_micro_batch_tokens,
-    split_by_tokens,
 )
 
 logger = logging.getLogger(__name__)
 
 _STATE_FILE = "ppo_state.json"
-ROLLOUTS_FILE = "rollouts.jsonl"
 # How far a ratio may be from 1 before the first step: rounding, by the precision of the forward pass.
 _RATIO_TOLERANCE, _LOW_PRECISION_RATIO_TOLERANCE = 1e-4, 5e-2
 
 
-class LoggedAnswer(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    forbid_unknown_fields=True,
-    tag_field="schema",
-    tag="prefopt.rollout/1",
-):
-    """One line of `rollouts.jsonl`: an answer that PPO learned from.
-
-    `step` is the optimiser step before which it was sampled, `kl` its log-ratio to the reference in
-    nats, and `score` None where the reward gave none.
-    """
-
-    step: int
-    prompt: str
-    answer: str
-    n_tokens: int
-    ended: bool
-    score: float | None
-    kl: float | None = None
-
-
-class MicroBatch(NamedTuple):
-    """Some answers of a rollout batch, as the models take them."""
-
-    batch: TreeBatch | PaddedAnswers  # on the device
-    tokens: Tensor  # (R,) their tokens' places among those of the whole rollout batch
-    answers: tuple[int, ...]
-
-
 AnyBatch = MicroBatch | ReplayBatch
 SomeBatch = TypeVar("SomeBatch", MicroBatch, AnyBatch)
-
-
-@dataclass
-class Experience:
-    """A rollout batch with all that PPO learns from it. A is answers, R their tokens."""
-
-    prompt_ids: list[tuple[int, ...]]
-    prompt_of: list[int]  # (A,)
-    answer_ids: list[tuple[int, ...]]  # (A,)
-    lengths: Tensor  # (A,)
-    answer_of: Tensor  # (R,)
-    starts: list[int]  # (A,) place of each answer's first token
-    logps: Tensor  # (R,) of the policy that sampled
-    values: Tensor  # (R,) before the first step
-    advantages: Tensor  # (R,)
-    returns: Tensor  # (R,)
-    whole: tuple[MicroBatch, ...]  # all answers once
-    epochs: dict[int, list[tuple[MicroBatch, ...]]] = field(default_factory=dict)
-
-    def groups(self) -> Tensor:
-        """A number for each answer (A,), the same for answers to the same prompt, from 0."""
-        ids: dict[tuple[int, ...], int] = {}
-        group = [ids.setdefault(self.prompt_ids[i], len(ids)) for i in self.prompt_of]
-        return torch.tensor(group, device=self.lengths.device)
-
-
-class PlannedStep(NamedTuple):
-    """What one call of `training_step` does, and the counts of the whole optimiser step."""
-
-    micro_batches: tuple[MicroBatch, ...]
-    general: tuple[ReplayBatch, ...]  # of the step's general rows, in its first call
-    n_tokens: float  # answer tokens of the whole step, on all processes
-    n_fed: int  # tokens that go through the policy for it; 0 but in the step's first call
-    is_first: bool
-    is_last: bool
-    policy_unchanged: bool  # no step was taken since the answers were sampled
 
 
 class PPOTrainer(WholeCheckpoints):
@@ -295,7 +234,7 @@ class PPOTrainer(WholeCheckpoints):
         for callback in tuple(self.callback_handler.callbacks):
             if isinstance(callback, ProgressBar):
                 callback.attach(self)
-        self.add_callback(_CheckpointsBetweenRollouts())
+        self.add_callback(CheckpointsBetweenRollouts())
         self.loss_is_scaled_for_ga = True
         if hasattr(policy, "add_model_tags"):
             policy.add_model_tags(list(self._tag_names))
@@ -587,36 +526,14 @@ class PPOTrainer(WholeCheckpoints):
         return experience.epochs[epoch][place]
 
     def _plan(self, experience: Experience, answers: Sequence[int]) -> tuple[MicroBatch, ...]:
-        """Answers merged by prompt and distributed over micro-batches by tokens."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i in answers:
-            groups.setdefault(experience.prompt_ids[experience.prompt_of[i]], []).append(i)
-        trees: list[tuple[tuple[int, ...], list[int], int]] = []  # prompt, answers, tokens
-        for prompt, members in groups.items():
-            size, part = len(prompt), list[int]()
-            for i in members:
-                n = len(experience.answer_ids[i])
-                if part and size + n > self._budget:
-                    trees.append((prompt, part, size))
-                    size, part = len(prompt), []
-                size += n
-                part.append(i)
-            trees.append((prompt, part, size))
-        device, micro_batches = self.args.device, []
-        for members in split_by_tokens([size for _, _, size in trees], self._budget):
-            picked = [i for t in members for i in trees[t][1]]
-            batch = self.roles.scoring.batch(
-                [
-                    AnswerTree(trees[t][0], tuple(experience.answer_ids[i] for i in trees[t][1]))
-                    for t in members
-                ],
-                self._pad_token_id,
-            )
-            starts = torch.tensor([experience.starts[i] for i in picked])
-            before = batch.lengths.cumsum(0) - batch.lengths
-            tokens = torch.arange(batch.targets.numel()) + (starts - before)[batch.answer_of]
-            micro_batches.append(MicroBatch(batch.to(device), tokens.to(device), tuple(picked)))
-        return tuple(micro_batches)
+        return micro_batches(
+            experience,
+            answers,
+            self.roles.scoring,
+            budget=self._budget,
+            pad_token_id=self._pad_token_id,
+            device=self.args.device,
+        )
 
     def _draw(self, what: str, *more: int) -> random.Random:
         """A generator that depends on the seed, the rollout batch, and what it is for."""
@@ -637,7 +554,7 @@ class PPOTrainer(WholeCheckpoints):
             scores = self._score(sampled)
         kept = [i for i, score in enumerate(scores) if score is not None]
         self._tell_failures(len(kept), len(scores))
-        experience = _empty_experience(sampled, kept, device)
+        experience = empty_experience(sampled, kept, device)
         experience.whole = self._plan(experience, range(len(kept)))
         reference, entropy = self._score_experience(experience)
         score = torch.tensor([float(scores[i] or 0.0) for i in kept], device=device)
@@ -885,10 +802,7 @@ class PPOTrainer(WholeCheckpoints):
             )
             for i in sorted(self._draw("logged").sample(range(len(scores)), n))
         ]
-        path = Path(self.args.output_dir) / ROLLOUTS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+        append_answers(self.args.output_dir, lines)
 
     # --- Steps -----------------------------------------------------------------------------------
 
@@ -1192,7 +1106,7 @@ class PPOTrainer(WholeCheckpoints):
         kept = [i for i, score in enumerate(scores) if score is not None]
         asked = torch.tensor([float(len(scores))], device=device)
         averages.add("failed", 1 - len(kept) / asked, asked)
-        experience = _empty_experience(sampled, range(len(scores)), device)
+        experience = empty_experience(sampled, range(len(scores)), device)
         experience.whole = self._plan(experience, range(len(scores)))
         reference, _ = self._score_experience(experience)
         kl = sum_by_answer(experience.logps - reference, experience.answer_of, len(scores))[kept]
@@ -1253,32 +1167,6 @@ class PPOTrainer(WholeCheckpoints):
         return n_parameters(base_model(self.roles.policy))
 
 
-class _CheckpointsBetweenRollouts(transformers.TrainerCallback):
-    """Puts off a checkpoint until the rollout batch is used up: no checkpoint holds answers."""
-
-    def __init__(self) -> None:
-        self._wanted = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave of an earlier run's answers those that this run builds on."""
-        path = Path(args.output_dir) / ROLLOUTS_FILE
-        if path.exists() and args.should_save:
-            kept = []
-            for line in path.read_bytes().splitlines(keepends=True):
-                with contextlib.suppress(msgspec.MsgspecError):  # a kill may tear the last one
-                    if msgspec.json.decode(line, type=LoggedAnswer).step < state.global_step:
-                        kept.append(line)
-            path.write_bytes(b"".join(kept))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % args.steps_per_rollout:
-            self._wanted |= control.should_save
-            control.should_save = False
-        else:
-            control.should_save |= self._wanted
-            self._wanted = False
-
-
 def _with_spreads(means: dict[str, float]) -> dict[str, float]:
     """Means of squares -> spreads, which so are those of all processes' answers together.
 
@@ -1298,28 +1186,6 @@ def _with_spreads(means: dict[str, float]) -> dict[str, float]:
         if spread > 0:  # where all returns are the same there is nothing to explain
             means["value/explained_variance"] = 1.0 - left / spread
     return means
-
-
-def _empty_experience(sampled: SampledBatch, kept: Sequence[int], device: Any) -> Experience:
-    lengths = [len(sampled.answer_ids[i]) for i in kept]
-    starts = [0]
-    for n in lengths:
-        starts.append(starts[-1] + n)
-    counts = torch.tensor(lengths)
-    zeros = functools.partial(torch.zeros, starts[-1], device=device)
-    return Experience(
-        prompt_ids=list(sampled.prompt_ids),
-        prompt_of=[sampled.prompt_of[i] for i in kept],
-        answer_ids=[sampled.answer_ids[i] for i in kept],
-        lengths=counts.to(device),
-        answer_of=torch.repeat_interleave(torch.arange(len(kept)), counts).to(device),
-        starts=starts[:-1],
-        logps=zeros(),
-        values=zeros(),
-        advantages=zeros(),
-        returns=zeros(),
-        whole=(),
-    )
 
 
 def _check(model: Any, ref_model: Any, peft_config: Any, args: Any) -> None:
