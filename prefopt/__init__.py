@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prefopt.classic_flow import ClassicConfig as ClassicConfig
     from prefopt.classic_flow import run_classic_flow as run_classic_flow
+    from prefopt.data.candidates import load_candidates as load_candidates
     from prefopt.data.dataset_card import dataset_card as dataset_card
     from prefopt.data.demonstrations import Demonstration as Demonstration
     from prefopt.data.demonstrations import demonstrations as demonstrations
@@ -113,6 +114,7 @@ _HOMES = {
     "dataset_card": "data.dataset_card",
     "Demonstration": "data.demonstrations",
     "demonstrations": "data.demonstrations",
+    "load_candidates": "data.candidates",
     "load_demonstrations": "data.demonstrations",
     "export_preferences": "data.export",
     "load_general": "data.general",

@@ -440,9 +440,10 @@ def evaluate(
         prompts: prompts that the model was not trained on.
         model: the base model.
         adapter: the tuned adapter. Not needed with answer files.
-        tuned_answers: JSONL of answers by the tuned side, instead of sampling them.
-        base_answers: JSONL of answers by the base side, instead of sampling them.
-        answers: JSONL files of any number of models by name, as --answers.NAME FILE or, in a YAML
+        tuned_answers: answers by the tuned side, instead of sampling them: what `prefopt sample`
+            writes, or rows with `prompt` and `answer` (JSONL, JSON, Parquet).
+        base_answers: answers by the base side, instead of sampling them.
+        answers: such files of any number of models by name, as --answers.NAME FILE or, in a YAML
             file, as a mapping. They are ranked; the report is about the last one against the baseline.
         baseline: with --answers, the model that the others are held against; the first by default.
         pairs: with --answers, compare all pairs of models, or each with the baseline only.

@@ -39,7 +39,9 @@ class LabelConfig:
     """Everything a labelling job needs to know.
 
     Args:
-        candidates: JSONL file that `prefopt sample` wrote.
+        candidates: file that `prefopt sample` wrote, or answers from elsewhere: rows with `prompt` and
+            `answer`, `answers` (a list), `response_a` and `response_b`, or `chosen` and `rejected`
+            (JSONL, JSON, Parquet, or a Hub dataset).
         out: the job's folder; the same folder continues the same job.
         judge: "rules:house_style", "anthropic:<model>", "local:<model>",
             "openai:<model>@<base_url>", "likelihood:<model>", "reward:<folder>",
@@ -277,17 +279,9 @@ def _read_judged(out: str) -> list[JudgedComparison]:
 
 
 def _read_candidates(config: LabelConfig) -> list[Candidate]:
-    from prefopt.data.records import read_records
+    from prefopt.data.candidates import load_candidates
 
-    if not Path(config.candidates).exists():
-        raise DataError(
-            f"there is no file of candidates {config.candidates}. A path is meant from the folder in "
-            "which the command runs; `prefopt sample` makes the file."
-        )
-    candidates = read_records(config.candidates, Candidate)
-    if not candidates:
-        raise DataError(f"{config.candidates} holds no candidates; `prefopt sample` makes some.")
-    return candidates
+    return load_candidates(config.candidates)
 
 
 def _comparisons(config: LabelConfig, candidates: Sequence[Candidate]) -> list[Comparison]:

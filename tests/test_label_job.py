@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import prefopt
 from prefopt.cli import main
 from prefopt.data.preference_data import load_preferences
 from prefopt.data.records import read_records, write_records
@@ -179,9 +180,9 @@ def test_the_commands_say_what_is_wrong_in_one_line(tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"schema": "prefopt.candidate/1"}\nnot json\n')
     out = str(tmp_path / "o")
     for arguments, said in [
-        (["label", "--candidates", str(tmp_path / "empty.jsonl"), "--out", out], "no candidates"),
+        (["label", "--candidates", str(tmp_path / "empty.jsonl"), "--out", out], "is empty"),
         (["label", "--candidates", str(tmp_path / "broken.jsonl"), "--out", out], "line 2"),
-        (["label", "--candidates", "nowhere.jsonl", "--out", out], "no file of candidates"),
+        (["label", "--candidates", "nowhere.jsonl", "--out", out], "cannot read nowhere.jsonl"),
         (["calibrate", "--data", out, "--out", out, "--max_rows", "0"], "must be 1 or more"),
         (["resume", "--out", out], "no labelling job"),
         (["report", "--out", out], "no labelling job"),
@@ -191,6 +192,28 @@ def test_the_commands_say_what_is_wrong_in_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert said in error
         assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q {i}", "answers": ["short", "rather longer"]},
+        {"prompt": "q {i}", "chosen": "rather longer", "rejected": "short"},
+        {"question": "q {i}", "response_a": "short", "response_b": "rather longer"},
+    ],
+)
+def test_answers_from_elsewhere_are_labelled(tmp_path, row):
+    lines = [json.dumps(row).replace("{i}", str(i)) for i in range(3)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(lines))
+    out = tmp_path / "labels"
+    arguments = ["--candidates", str(file), "--out", str(out), "--judge", "scripted:shortest"]
+    assert main(["judge", "label", *arguments, "--canaries", "0"]) == 0
+    found = prefopt.load_preferences(out / "preferences.jsonl")
+    assert [group.prompt.text for group in found] == ["q 0", "q 1", "q 2"]
+    for group in found:
+        (preference,) = group.preferences
+        assert group.answers[preference.chosen].text == "short"
 
 
 @pytest.mark.parametrize("form", ["{}", "[{}]", "[{0}, {0}]"])

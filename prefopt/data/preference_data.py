@@ -47,7 +47,9 @@ _GROUP_SCHEMA = "prefopt.preference_group/1"
 _ASSISTANT = re.compile(r"^Assistant:", re.MULTILINE)
 
 
-class _Pair(NamedTuple):
+class AnswerPair(NamedTuple):
+    """The two answers of a row, and the fields of its `Preference`."""
+
     prompt: Prompt
     chosen: Candidate
     rejected: Candidate
@@ -117,7 +119,7 @@ def load_preferences(source: Source, *, split: str = "train") -> list[Preference
             if group is not None:
                 items.append(group)
                 continue
-            pair = _pair_from(value)
+            pair = pair_from_row(value)
             making = by_prompt.get(pair.prompt.prompt_id)
             if making is None:
                 making = by_prompt[pair.prompt.prompt_id] = _GroupInMaking(pair.prompt)
@@ -277,7 +279,7 @@ class _GroupInMaking:
         self.answers: list[Candidate] = []
         self.preferences: list[Preference] = []
 
-    def add(self, pair: _Pair) -> None:
+    def add(self, pair: AnswerPair) -> None:
         if pair.prompt.category != self.prompt.category:
             raise ValueError(
                 f"category {pair.prompt.category!r}, but an earlier row with the same prompt has "
@@ -331,7 +333,8 @@ def _group_from(value: Any) -> PreferenceGroup | None:
     return group
 
 
-def _pair_from(row: Mapping[str, Any]) -> _Pair:
+def pair_from_row(row: Mapping[str, Any]) -> AnswerPair:
+    """A row of columns, as `load_preferences` reads it; ValueError says what is wrong with it."""
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise ValueError(f"no `{name}`; the row has {', '.join(f'`{c}`' for c in row)}.")
@@ -348,7 +351,7 @@ def _pair_from(row: Mapping[str, Any]) -> _Pair:
         preference = {"p_chosen": extras.p_chosen, "p_source": extras.p_source or "given"}
     if extras.margin is not None:
         preference["margin"] = extras.margin
-    return _Pair(
+    return AnswerPair(
         prompt,
         Candidate(
             prompt=prompt,

@@ -21,7 +21,7 @@ import msgspec
 
 from prefopt.data.records import atomic_writer, iter_records, write_bytes
 from prefopt.errors import DataError
-from prefopt.types import JudgedComparison, Prompt, content_hash
+from prefopt.types import Candidate, JudgedComparison, Prompt, content_hash
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -364,6 +364,7 @@ def shard_file(
 
     Args:
         source: a JSONL file of `record_type`, the records of each prompt together, or such a folder.
+            Answers may be in any form that `prefopt.data.candidates` reads.
         folder: where the shards of a file go.
         record_type: `Candidate`, `Comparison` or `JudgedComparison`.
         shard_size: prompts a shard.
@@ -380,8 +381,16 @@ def shard_file(
         )
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def records() -> Iterator[Any]:
+        if record_type is not Candidate:
+            return iter_records(source, record_type)
+        from prefopt.data.candidates import stream_candidates
+
+        return stream_candidates(source)
+
     return cut_into_shards(
-        lambda: iter_records(source, record_type),
+        records,
         folder,
         record_type,
         shard_size=shard_size,

@@ -393,20 +393,9 @@ def _asked(
 def _read(given: str | Path | Sequence[Candidate]) -> list[Candidate]:
     if not isinstance(given, str | Path):
         return list(given)
-    from prefopt.data.records import read_records
+    from prefopt.data.candidates import load_candidates
 
-    try:
-        answers = read_records(given, Candidate)
-    except DataError as error:
-        if not error.problems:
-            raise
-        raise DataError(
-            f"{given} does not hold answers, one a line, as `prefopt sample --k 1` writes them.",
-            error.problems,
-        ) from error
-    if not answers:
-        raise DataError(f"{given} holds no answers.")
-    return answers
+    return load_candidates(given)
 
 
 def _check_adapter(adapter: str | Path) -> None:

@@ -201,13 +201,24 @@ def test_answer_files_that_cannot_be_used_are_named(tmp_path) -> None:
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     write_records(good, sides(2)[0])
     bad.write_bytes(b"")
-    with pytest.raises(DataError, match=r"bad\.jsonl holds no answers"):
+    with pytest.raises(DataError, match=r"bad\.jsonl is empty"):
         evaluate_answers(bad, good, tmp_path / "r", judge=shortest_wins())
     bad.write_bytes(good.read_bytes()[:-30] + b"\n{}\n")
-    with pytest.raises(DataError, match=r"bad\.jsonl .* `prefopt sample") as refused:
+    with pytest.raises(
+        DataError, match=r"bad\.jsonl: 2 row\(s\) are not usable answers"
+    ) as refused:
         evaluate_answers(good, bad, tmp_path / "r", judge=shortest_wins())
     assert len(refused.value.problems) == 2
     assert not (tmp_path / "r").exists()
+
+
+def test_answers_from_elsewhere_are_compared(tmp_path) -> None:
+    for name, answer in (("a", "short"), ("b", "rather longer")):
+        rows = [{"prompt": f"p{i}", "response": f"{answer} {i}"} for i in range(4)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    report = evaluate_answers(a, b, tmp_path / "r", judge=shortest_wins())
+    assert (report.win_rate.n_prompts, report.win_rate.win_rate) == (4, 1.0)
 
 
 def test_missing_labels_are_noticed_before_judging(tmp_path) -> None:
