@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from prefopt import quickstart as quickstart_module
@@ -31,6 +32,8 @@ from prefopt.sampling.settings import SamplingSettings
 from prefopt.scale.settings import ScaleSettings
 from prefopt.serving.gguf_file import GGUFType
 from prefopt.training.dpo import DPOSettings
+from prefopt.training.ppo_settings import PPOSettings
+from prefopt.training.reward_settings import RewardSettings
 from prefopt.training.sft import SFTSettings
 
 _DESCRIPTION = """\
@@ -390,6 +393,111 @@ def train_sft(
     _say(
         f"{result.n_demonstrations} demonstrations and {result.n_replay} general rows "
         f"({result.replay_token_share:.0%} of the tokens) learned; result in {result.folder}"
+    )
+
+
+def train_reward(
+    preferences: str,
+    out: str,
+    held_out: str | None = None,
+    model: str = "demo",
+    lora: LoRASettings = LoRASettings(),
+    reward: RewardSettings = RewardSettings(),
+    device: Device = "auto",
+) -> None:
+    """Train a reward model on preferences, and hold it against labelled pairs.
+
+    Example: prefopt train reward --preferences preferences.jsonl --held_out test.jsonl --out reward
+
+    What it is good for: a judge (--judge reward:FOLDER), best-of-n, and `prefopt train ppo`.
+
+    Args:
+        preferences: preferences, as `prefopt train dpo` reads them.
+        out: folder for the reward model, its card and its training log.
+        held_out: other preferences, or pairs with a label, on which accuracy, calibration and the
+            pull of length are measured.
+        model: "demo", a folder, or a Hub id.
+        lora: which adapter is trained; --lora.continue_from trains a reward model further.
+        reward: how it is trained.
+        device: "auto" takes a GPU where there is one.
+    """
+    from prefopt.data.preference_data import load_preferences
+    from prefopt.training.reward import evaluate_reward_model
+    from prefopt.training.reward import train_reward as train
+
+    groups = load_preferences(preferences)
+    if held_out is not None and not Path(held_out).is_file():
+        raise DataError(f"there is no file of held-out pairs {held_out}.")
+    result = train(groups, model, out, settings=reward, lora=lora, device=device)
+    _say(
+        f"learned from {result.n_pairs} pairs of {result.n_prompts} prompts ({result.n_left_out} "
+        f"prompts left out: an answer longer than {reward.max_length} tokens); reward model in "
+        f"{result.folder}"
+    )
+    if held_out is None:
+        _say("how good it is was not measured: give other pairs with --held_out")
+    elif is_first_process():
+        _say(evaluate_reward_model(result.folder, held_out, device=device).to_text())
+
+
+def train_ppo(
+    prompts: str,
+    reward: str,
+    out: str,
+    held_out: str | None = None,
+    model: str = "demo",
+    rubric: str = "house_style",
+    max_usd: float | None = None,
+    prices: str | None = None,
+    lora: LoRASettings = LoRASettings(),
+    ppo: PPOSettings = PPOSettings(),
+    device: Device = "auto",
+) -> None:
+    """Train a LoRA adapter with PPO against a reward model or a judge.
+
+    Example: prefopt train ppo --prompts prompts.jsonl --reward reward --out adapter
+
+    Args:
+        prompts: what the policy answers, as `prefopt sample` reads it.
+        reward: folder of a reward model, or a judge that compares the answers to each prompt:
+            "rules:house_style", "local:<model>", "anthropic:<model>", and the others of
+            `prefopt judge label`.
+        out: folder for the adapter, its card, its training log and a sample of the answers.
+        held_out: prompts that are answered and scored at times, and not trained on.
+        model: "demo", a folder, or a Hub id.
+        rubric: what better means, for a judge: "house_style", "helpful", or a text file.
+        max_usd: the most a paid judge may cost here, however often it is continued, in US dollars.
+        prices: JSON file with prices by model, as in `prefopt judge label`.
+        lora: which adapter is trained; --lora.continue_from begins with one, usually the SFT's.
+        ppo: how it is trained.
+        device: "auto" takes a GPU where there is one.
+    """
+    from prefopt.data.prompts import load_prompts
+    from prefopt.judges import load_judge
+    from prefopt.training.ppo import train_ppo as train
+
+    asked = load_prompts(prompts)
+    others = [] if held_out is None else load_prompts(held_out)
+    source: Any = reward
+    if ":" in reward and not Path(reward).exists():
+        source = load_judge(reward, rubric=rubric, max_usd=max_usd, prices=prices)
+        k = ppo.answers_per_prompt
+        n = ppo.rollouts * ppo.prompts_per_rollout * k * (k - 1)
+        limit = "" if max_usd is None else f"; it stops at ${max_usd:.2f}"
+        _say(f"{source.name} is asked up to {n:,} questions{limit}")
+    elif not (Path(reward) / "reward_model.json").is_file():
+        raise DataError(
+            f"{reward} holds no reward model. Give a folder that `prefopt train reward` wrote, or a "
+            'judge such as "rules:house_style".'
+        )
+    result = train(
+        asked, model, source, out, held_out=others, settings=ppo, lora=lora, device=device
+    )
+    for note in result.health:
+        _say(f"{note.level}: {note.message}")
+    _say(
+        f"{result.n_answers} answers to {result.n_prompts} prompts learned from; adapter in "
+        f"{result.adapter}; the reference was {result.reference}"
     )
 
 
@@ -1085,6 +1193,27 @@ Every question, reply and dollar is kept in labels/judgements.sqlite; nothing is
 """
 
 
+_TRAIN_METHODS: dict[str, Callable[..., None]] = {
+    "dpo": train_dpo,
+    "sft": train_sft,
+    "reward": train_reward,
+    "ppo": train_ppo,
+}
+
+_TRAIN_DESCRIPTION = """\
+Train a LoRA adapter; a training that was stopped goes on when it is called again.
+
+  prefopt train dpo    --preferences preferences.jsonl --model Qwen/Qwen3-0.6B --out adapter
+
+The classic path, one step a command (all of it at once: prefopt classic):
+
+  prefopt train sft    --data demonstrations.jsonl --model Qwen/Qwen3-0.6B --out sft
+  prefopt train reward --preferences preferences.jsonl --held_out test.jsonl \\
+                       --model Qwen/Qwen3-0.6B --out reward
+  prefopt train ppo    --prompts prompts.jsonl --reward reward --model Qwen/Qwen3-0.6B \\
+                       --lora.continue_from sft --out adapter
+"""
+
 _HISTORY_STEPS: dict[str, Callable[..., None]] = {
     "add": history_add,
     "list": history_list,
@@ -1185,18 +1314,21 @@ def build_parser() -> Any:
         sub = _command(function, f"history {name} {files}")
         sub.add_function_arguments(function, as_group=False)
         steps.add_subcommand(name, sub, help=_summary(function))
-    train = _parser("prefopt train METHOD [options]", "Train on preferences or demonstrations.")
+    train = _parser("prefopt train METHOD [options]", _TRAIN_DESCRIPTION)
     # jsonargparse wants an outer level registered before the inner one is filled.
     commands.add_subcommand(
-        "train", train, help="Train: prefopt train dpo --help, train sft --help"
+        "train", train, help="Train by DPO, SFT, a reward model, PPO: prefopt train --help"
     )
     methods = train.add_subcommands(required=True, dest="method")
-    sub = _command(train_dpo, "train dpo --preferences FILE --out FOLDER")
-    sub.add_function_arguments(train_dpo, as_group=False)
-    methods.add_subcommand("dpo", sub, help=_summary(train_dpo))
-    sub = _command(train_sft, "train sft --data FILE --out FOLDER")
-    sub.add_function_arguments(train_sft, as_group=False)
-    methods.add_subcommand("sft", sub, help=_summary(train_sft))
+    for name, function in _TRAIN_METHODS.items():
+        needed = {
+            "sft": "--data FILE --out FOLDER",
+            "ppo": "--prompts FILE --reward FOLDER --out FOLDER",
+        }
+        usage = f"train {name} {needed.get(name, '--preferences FILE --out FOLDER')}"
+        sub = _command(function, usage)
+        sub.add_function_arguments(function, as_group=False)
+        methods.add_subcommand(name, sub, help=_summary(function))
     return parser
 
 
@@ -1349,7 +1481,9 @@ def _dispatch(parsed: Any) -> None:
         _HISTORY_STEPS[options.step](**values)
         return
     if name == "train":
-        name, options = f"train_{options.method}", options[options.method]
+        values = {k: v for k, v in vars(options[options.method]).items() if k != "config"}
+        _TRAIN_METHODS[options.method](**values)
+        return
     values = {key: value for key, value in vars(options).items() if key != "config"}
     if name in _FLOWS:
         on_change = values.pop("on_change")
@@ -1368,8 +1502,6 @@ def _dispatch(parsed: Any) -> None:
         "check-adapter": check_adapter,
         "push": push,
         "export": export,
-        "train_dpo": train_dpo,
-        "train_sft": train_sft,
     }
     functions[name](**values)
 

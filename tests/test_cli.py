@@ -168,6 +168,42 @@ def test_train_sft_takes_demonstrations_or_preferences(tiny_model, tmp_path, cap
     assert "either --data or --preferences" in capsys.readouterr().err
 
 
+def test_train_reward_and_then_ppo_on_it(tiny_model, tmp_path, capsys):
+    rows = [{"prompt": f"q{i}", "chosen": "Ä", "rejected": "rather long"} for i in range(4)]
+    pairs, held_out = tmp_path / "p.jsonl", tmp_path / "held_out.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    held_out.write_text(json.dumps(rows[3]) + "\n")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    reward, common = str(tmp_path / "reward"), ["--model", tiny_model, "--lora.r", "2"]
+    learn = ["train", "reward", "--preferences", str(pairs), "--out", reward, *common]
+    assert main([*learn, "--held_out", str(tmp_path / "nowhere.jsonl")]) == 1
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "reward").exists()
+    assert main([*learn, "--held_out", str(held_out), "--reward.max_length", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "learned from 3 pairs of 3 prompts (0 prompts left out" in printed
+    assert "accuracy" in printed
+    assert (tmp_path / "reward" / "reward_model.json").is_file()
+    ppo = ["train", "ppo", "--prompts", str(prompts), *common, "--ppo.rollouts", "1",
+           "--ppo.prompts_per_rollout", "2", "--ppo.max_new_tokens", "4"]  # fmt: skip
+    for name, given in (("a", reward), ("b", "scripted:shortest")):
+        out = tmp_path / name
+        assert main([*ppo, "--reward", given, "--held_out", str(prompts), "--out", str(out)]) == 0
+        assert (out / "adapter_model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    assert printed.count("8 answers to 2 prompts learned from") == 2
+    assert "scripted:shortest is asked up to 24 questions" in printed
+    out = str(tmp_path / "c")
+    assert main([*ppo, "--reward", str(tmp_path), "--out", out]) == 1
+    assert "holds no reward model" in capsys.readouterr().err
+    assert main([*ppo, "--reward", "anthropic:claude-sonnet-5-5", "--out", out]) == 1
+    assert "max_usd" in capsys.readouterr().err
+    one = ["--ppo.answers_per_prompt", "1", "--reward", "scripted:shortest", "--out", out]
+    assert main([*ppo, *one]) == 1
+    assert "num_generations must be 2 or more" in capsys.readouterr().err
+
+
 def test_the_help_is_there_at_once():
     """Nothing heavy is imported before there is work to do."""
     code = "import sys, prefopt.cli as c; c.build_parser(); print([m for m in sys.modules])"

@@ -44,6 +44,7 @@ from prefopt.advantages import (
 )
 from prefopt.chat import end_token_ids
 from prefopt.errors import DataError, TrainingError
+from prefopt.judges import Judge
 from prefopt.launched import shards
 from prefopt.logprobs import by_answer, sum_by_answer
 from prefopt.ppo_losses import (
@@ -177,7 +178,7 @@ class PPOTrainer(WholeCheckpoints):
         engine: RolloutEngine | None = None,
         replay_dataset: Any = None,
     ) -> None:
-        _check(model, ref_model, peft_config, args)
+        _check(model, ref_model, peft_config, reward, args)
         transformers.set_seed(args.seed)
         if isinstance(model, str):
             if processing_class is None:
@@ -1188,7 +1189,7 @@ def _with_spreads(means: dict[str, float]) -> dict[str, float]:
     return means
 
 
-def _check(model: Any, ref_model: Any, peft_config: Any, args: Any) -> None:
+def _check(model: Any, ref_model: Any, peft_config: Any, reward: Any, args: Any) -> None:
     if not isinstance(args, PPOConfig):
         raise TypeError(f"args must be a PPOConfig, got {type(args).__name__}.")
     problems = []
@@ -1198,6 +1199,11 @@ def _check(model: Any, ref_model: Any, peft_config: Any, args: Any) -> None:
         problems.append(
             "peft_config was given with a model that has an adapter already; merge that adapter "
             "first, or leave peft_config out to train it further"
+        )
+    if isinstance(reward, Judge) and args.num_generations < 2:
+        problems.append(
+            "a judge compares the answers to a prompt, so num_generations must be 2 or more, got "
+            f"{args.num_generations}"
         )
     if args.torch_compile:
         problems.append("torch_compile is not supported: every rollout batch has other shapes")
