@@ -984,7 +984,7 @@ def _name_rules(names: Sequence[str], weights: Sequence[float]) -> list[tuple[bo
         ),
     ]
     for name in names:
-        near = difflib.get_close_matches(name, LOSS_NAMES, n=3, cutoff=0.5) or LOSS_NAMES
+        near = difflib.get_close_matches(name, LOSS_NAMES, n=3, cutoff=0.6) or LOSS_NAMES
         rules.append((name in PAIR_LOSSES, f"unknown loss {name!r}: try {', '.join(near)}"))
     return rules
 

@@ -42,8 +42,19 @@ def check_arguments(model: Any, ref_model: Any, args: Any, dataset: Any, peft_co
             "precompute_ref_log_probs=True is not supported with IterableDataset; give a "
             "datasets.Dataset"
         )
+    problems += neftune_problems(args)
     if problems:
         raise ValueError("; ".join(problems) + ".")
+
+
+def neftune_problems(args: Any) -> list[str]:
+    """Why noise on the embeddings is refused, where it is asked for."""
+    if not args.neftune_noise_alpha:
+        return []
+    return [
+        "neftune_noise_alpha is not supported: the noise would depend on which answers are computed "
+        "together, and the policy would not begin at its reference"
+    ]
 
 
 def loading_options(args: Any, quantization_config: Any) -> dict[str, Any]:

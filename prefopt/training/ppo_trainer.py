@@ -63,7 +63,12 @@ from prefopt.training.experience import (
     micro_batches,
 )
 from prefopt.training.fused_model import AS_IT_IS
-from prefopt.training.policy_setup import check_sharding, load_policy, prepare_reference
+from prefopt.training.policy_setup import (
+    check_sharding,
+    load_policy,
+    neftune_problems,
+    prepare_reference,
+)
 from prefopt.training.ppo_config import PPOConfig as PPOConfig
 from prefopt.training.progress_bar import ProgressBar
 from prefopt.training.prompt_rows import PromptRow, PromptSet, RolloutSampler
@@ -1205,6 +1210,7 @@ def _check(model: Any, ref_model: Any, peft_config: Any, reward: Any, args: Any)
             "a judge compares the answers to a prompt, so num_generations must be 2 or more, got "
             f"{args.num_generations}"
         )
+    problems += neftune_problems(args)
     if args.torch_compile:
         problems.append("torch_compile is not supported: every rollout batch has other shapes")
     if problems:

@@ -119,10 +119,36 @@ def tokenize_preferences(
     options: dict[str, Any] = {}
     if isinstance(dataset, datasets.Dataset):
         options = {"num_proc": num_proc, "desc": f"Tokenizing {name} dataset"}
-    return dataset.map(_tokenize_row, fn_kwargs={"tokenizer": tokenizer}, **options)
+    return dataset.map(
+        _tokenize_row,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "name": name},
+        **options,
+    )
 
 
-def _tokenize_row(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def _check_row(row: dict[str, Any], where: str) -> None:
+    """Raise DataError where prompt and answers are not all texts, or messages."""
+    k_way = "answers" in row
+    answers = row["answers"] if k_way else [row["chosen"], row["rejected"]]
+    if not isinstance(answers, list) or not answers:
+        raise DataError(f"{where}: `answers` must be a list of answers, got {answers!r:.60}.")
+    names = [f"answers[{i}]" for i in range(len(answers))] if k_way else ["chosen", "rejected"]
+    given = dict(zip(names, answers, strict=True))
+    if "prompt" in row:
+        given = {"prompt": row["prompt"], **given}
+    for name, value in given.items():
+        if not isinstance(value, str | list):
+            raise DataError(f"{where}: `{name}` must be a text or messages, got {value!r:.60}.")
+    if isinstance(given.get("prompt"), str) and any(isinstance(a, list) for a in answers):
+        raise DataError(
+            f"{where}: has a plain prompt and answers that are messages; give both as text, or both "
+            "as messages."
+        )
+
+
+def _tokenize_row(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> dict[str, Any]:
+    _check_row(row, f"row {index} of the {name} dataset")
     if "prompt" not in row:
         row = {**row, **extract_prompt(row)}
     k_way = "answers" in row
@@ -139,11 +165,6 @@ def _tokenize_row(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         ]
         alone = _template_ids(tokenizer, prompt, add_generation_prompt=True, **template)
         whole = [_template_ids(tokenizer, prompt + answer, **template) for answer in answers]
-    elif not all(isinstance(answer, str) for answer in answers):
-        raise DataError(
-            "a row has a plain prompt and answers that are no texts; give both as text, or both as "
-            "messages."
-        )
     else:
         end = tokenizer.eos_token
         answers = [a if a.endswith(end) else a + end for a in answers]

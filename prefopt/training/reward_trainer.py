@@ -29,6 +29,7 @@ from prefopt.training.policy_setup import (
     disable_dropout,
     load_policy,
     loading_options,
+    neftune_problems,
     offloading_context,
     text_tokenizer,
 )
@@ -78,7 +79,7 @@ class RewardTrainer(TreeTrainer):
     ) -> None:
         name = model if isinstance(model, str) else model.config._name_or_path
         args = own_reward_config(args, str(name or "model"))
-        _check_arguments(model, train_dataset, peft_config)
+        _check_arguments(model, train_dataset, peft_config, args)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # a score depends on all that trains
         transformers.set_seed(args.seed)
@@ -245,8 +246,8 @@ class _Pairs:
         self.margin = torch.tensor([p.margin for p in pairs], device=device)
 
 
-def _check_arguments(model: Any, dataset: Any, peft_config: Any) -> None:
-    problems = []
+def _check_arguments(model: Any, dataset: Any, peft_config: Any, args: Any) -> None:
+    problems = neftune_problems(args)
     if dataset is None:
         problems.append("`train_dataset` is required")
     ready = isinstance(model, RewardModel) or hasattr(model, "peft_config")

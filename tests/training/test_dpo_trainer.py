@@ -697,6 +697,7 @@ def test_arguments_that_exclude_each_other_are_all_named(tmp_path):
         "sync_ref_model": True,
         "precompute_ref_log_probs": True,
         "reference_cache": str(tmp_path),
+        "neftune_noise_alpha": 5.0,
     }
     with pytest.raises(ValueError, match="`train_dataset` is required") as error:
         build(tmp_path, None, model=model, ref_model=model, peft_config=LORA, settings=settings)
@@ -706,6 +707,7 @@ def test_arguments_that_exclude_each_other_are_all_named(tmp_path):
         "sync_ref_model needs a reference model of its own",
         "cannot be precomputed",
         "no reference_cache can keep it",
+        "neftune_noise_alpha is not supported",
     ):
         assert words in str(error.value)
 

@@ -177,10 +177,44 @@ def test_an_empty_dataset_is_refused():
         tokenize_preferences(Dataset.from_list([]), tiny_tokenizer(), name="eval")
 
 
-@pytest.mark.parametrize("answers", [[said("assistant", "a")] * 2, [None, "a"]], ids=str)
-def test_a_plain_prompt_with_answers_that_are_no_texts_is_refused(answers):
-    row = {"prompt": "Hello", "chosen": answers[0], "rejected": answers[1]}
-    with pytest.raises(DataError, match="both as text, or both as messages"):
+@pytest.mark.parametrize("kind", [Dataset.from_list, lambda rows: stream_of(rows)])
+@pytest.mark.parametrize(
+    ("good", "bad", "words"),
+    [
+        (
+            {"prompt": "Hello", "chosen": "a", "rejected": "b"},
+            {"prompt": "Hello", "chosen": None, "rejected": "b"},
+            "`chosen` must be a text or messages, got None",
+        ),
+        (
+            {"prompt": "Hello", "chosen": "a", "rejected": "b"},
+            {"prompt": None, "chosen": "a", "rejected": "b"},
+            "`prompt` must be a text or messages, got None",
+        ),
+        (
+            {"prompt": "Hello", "answers": ["a", "b"], "scores": [1.0, 0.0]},
+            {"prompt": "Hello", "answers": ["a", None], "scores": [1.0, 0.0]},
+            r"`answers\[1\]` must be a text or messages, got None",
+        ),
+        (
+            {"prompt": "Hello", "answers": ["a", "b"], "scores": [1.0, 0.0]},
+            {"prompt": "Hello", "answers": None, "scores": [1.0, 0.0]},
+            "`answers` must be a list of answers, got None",
+        ),
+    ],
+)
+def test_a_row_that_lacks_something_is_named(kind, good, bad, words):
+    with pytest.raises(DataError, match=f"row 1 of the eval dataset: {words}"):
+        list(tokenize_preferences(kind([good, bad]), tiny_tokenizer(), name="eval"))
+
+
+def stream_of(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def test_a_plain_prompt_with_messages_as_answers_is_refused():
+    row = {"prompt": "Hello", "chosen": said("assistant", "a"), "rejected": said("assistant", "b")}
+    with pytest.raises(DataError, match=r"row 0 of .* both as text, or both as messages"):
         tokenize_preferences(Dataset.from_list([row]), tiny_tokenizer())
 
 

@@ -281,6 +281,9 @@ def test_settings_that_make_no_sense_are_refused(settings, message, tmp_path):
 
 def test_arguments_that_exclude_each_other_are_refused(tmp_path):
     reward = RewardModel.new(tiny_policy())
+    noisy = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, neftune_noise_alpha=5.0)
+    with pytest.raises(ValueError, match="neftune_noise_alpha is not supported"):
+        RewardTrainer(reward, args=noisy, train_dataset=Dataset.from_list(PAIRS))
     arguments = {"args": RewardConfig(str(tmp_path), use_cpu=True, bf16=False)}
     with pytest.raises(ValueError, match=r"`train_dataset` is required.*peft_config was given"):
         RewardTrainer(reward, peft_config=LORA, **arguments)
