@@ -36,6 +36,7 @@ class _Extras(msgspec.Struct, frozen=True, kw_only=True):
     category: str | None = None
     model: str | None = None
     models: tuple[str, ...] | None = None
+    generation_models: tuple[str, ...] | None = None  # distilabel's name
     model_a: str | None = None
     model_b: str | None = None
     finish_reason: FinishReason | None = None
@@ -55,7 +56,7 @@ def load_candidates(
     * `chosen` and `rejected`, as `load_preferences` reads them: two answers, whose label is not read.
 
     An answer is a text, or messages that hold one of the assistant. Optional columns: `model` (or
-    `models`, one an answer; `model_a` and `model_b`), `finish_reason`, `category`. Answers by the same
+    `models` or `generation_models`, one an answer; `model_a` and `model_b`), `finish_reason`, `category`. Answers by the same
     model to the same prompt are numbered in order. The same answers in several rows of `chosen` and
     `rejected` are one.
 
@@ -187,7 +188,7 @@ def _prompt_and_answers(row: Mapping[str, Any], category: str) -> tuple[Prompt, 
     forms: dict[str, list[Any]] = {name: [row[name]] for name in _ONE if name in row}
     forms |= {name: _several(name, row[name]) for name in _SEVERAL if name in row}
     forms |= {f"{a}` and `{b}": [row[a], row[b]] for a, b in _TWO if a in row and b in row}
-    if not prompts and not forms and "messages" in row:
+    if not forms and "messages" in row:
         messages = messages_from(row["messages"])
         return Prompt.from_messages(messages[:-1], category), [messages[-1:]]
     if len(prompts) != 1 or len(forms) != 1:
@@ -216,10 +217,11 @@ def _several(name: str, value: Any) -> list[Any]:
 
 def _models(extras: _Extras, n: int) -> list[str] | None:
     """Who gave each of n answers, or None where the row does not say."""
-    if extras.models is not None:
-        if len(extras.models) != n:
-            raise ValueError(f"`models` names {len(extras.models)} for {n} answer(s).")
-        return list(extras.models)
+    models = extras.generation_models if extras.models is None else extras.models
+    if models is not None:
+        if len(models) != n:
+            raise ValueError(f"`models` names {len(models)} for {n} answer(s).")
+        return list(models)
     if n == 2 and extras.model_a is not None and extras.model_b is not None:
         return [extras.model_a, extras.model_b]
     return None if extras.model is None else [extras.model] * n

@@ -30,6 +30,7 @@ def said(text):
         {"instruction": "Why is the sky blue?", "output": "Air.", "input_tokens": 7},
         {"question": "Why is the sky blue?", "completion": [said("Air.")]},
         {"messages": [*TURNS, said("Air.")]},
+        {"prompt": "the title", "messages": [*TURNS, said("Air.")]},
         {"prompt": "Why is the sky blue?", "answers": ["Air."]},
         # Parquet and `datasets` fill what a row lacks with None.
         {"prompt": "Why is the sky blue?", "answer": "Air.", "messages": None, "model": None},
@@ -44,6 +45,7 @@ def test_one_answer_in_every_spelling(row):
     [
         ({"answers": ["Air.", "God."]}, ["mine", "mine"]),
         ({"generations": ["Air.", "God."], "models": ["x", "y"]}, ["x", "y"]),
+        ({"generations": ["Air.", "God."], "generation_models": ["x", "y"]}, ["x", "y"]),
         ({"responses": ["Air.", [said("God.")]], "model": "x"}, ["x", "x"]),
         ({"response_a": "Air.", "response_b": "God."}, ["mine", "mine"]),
         ({"answer_a": "Air.", "answer_b": "God.", "model_a": "x", "model_b": "y"}, ["x", "y"]),
