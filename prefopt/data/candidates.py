@@ -56,9 +56,9 @@ def load_candidates(
     * `chosen` and `rejected`, as `load_preferences` reads them: two answers, whose label is not read.
 
     An answer is a text, or messages that hold one of the assistant. Optional columns: `model` (or
-    `models` or `generation_models`, one an answer; `model_a` and `model_b`), `finish_reason`, `category`. Answers by the same
-    model to the same prompt are numbered in order. The same answers in several rows of `chosen` and
-    `rejected` are one.
+    `models` or `generation_models`, one an answer; `model_a` and `model_b`), `finish_reason`,
+    `category`. Answers by the same model to the same prompt are numbered in order. The same answers in
+    several rows of `chosen` and `rejected` are one.
 
     Args:
         source: a .jsonl, .json or .parquet file, a folder of shards, a Hub dataset id, a
