@@ -50,8 +50,8 @@ class ClassicConfig:
 
     Args:
         out: the run's folder; the same folder continues the same run.
-        prompts: "everyday" (built in), a file (.jsonl, .json, .parquet, .txt) or a Hub dataset. PPO
-            trains on them, but for those held out.
+        prompts: "everyday" (built in), a file (.jsonl, .json, .parquet, .csv, .txt) or a Hub dataset.
+            PPO trains on them, but for those held out.
         held_out: prompts kept away from training for the report: a number (60) or a share (0.3).
         model: the base model: "demo", a folder, or a Hub id.
         preferences: a file or Hub dataset with preferences of your own, as `load_preferences` takes

@@ -83,7 +83,7 @@ def sample(
         out: JSONL file for the answers, one a line; how they were sampled is written to
             `<out>.settings.json`. Unfinished work is kept in `<out>.partial`, and answers of an API,
             which may be paid for, in `<out>.partial.sqlite`.
-        prompts: "everyday" (built in), a .jsonl, .json, .parquet or .txt file, or a Hub dataset.
+        prompts: "everyday" (built in), a .jsonl, .json, .parquet, .csv or .txt file, or a Hub dataset.
         model: "demo", a folder, or a Hub id; "vllm:<model>", "openai:<model>@<base_url>" or
             "anthropic:<model>". Several, as "[one, two]" or with --model for each, make a pool.
         adapter: a LoRA adapter to sample with.
@@ -327,8 +327,8 @@ def train_dpo(
     Example: prefopt train dpo --preferences preferences.jsonl --model demo --out adapter --lora.r 16
 
     Args:
-        preferences: .jsonl, .json, .parquet or a Hub dataset with prompt, chosen and rejected, in
-            TRL's standard or conversational form.
+        preferences: .jsonl, .json, .parquet, .csv or a Hub dataset with prompt, chosen and rejected,
+            in TRL's standard or conversational form.
         out: folder for the adapter, its model card and its training log.
         model: "demo", a folder, or a Hub id.
         lora: which adapter is trained.
@@ -366,8 +366,8 @@ def train_sft(
 
     Args:
         out: folder for the adapter, or the model with --sft.tune full, its card and training log.
-        data: .jsonl, .json, .parquet, .txt or a Hub dataset with prompt and completion, messages, or
-            text.
+        data: .jsonl, .json, .parquet, .csv, .txt or a Hub dataset with prompt and completion, messages,
+            or text.
         preferences: preferences instead, as `prefopt train dpo` reads them.
         replay: general data to mix in against forgetting, in the forms of --data.
         model: "demo", a folder, or a Hub id.

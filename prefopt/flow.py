@@ -41,7 +41,7 @@ class FlowConfig:
 
     Args:
         out: the run's folder; the same folder continues the same run.
-        prompts: "everyday" (built in), a file (.jsonl, .json, .parquet, .txt) or a Hub dataset.
+        prompts: "everyday" (built in), a file (.jsonl, .json, .parquet, .csv, .txt) or a Hub dataset.
         held_out: prompts kept away from training for the report: a number (60) or a share (0.3).
         model: the base model: "demo", a folder, or a Hub id.
         judge: "rules:house_style", "anthropic:<model>", "openai:<model>@<base_url>",

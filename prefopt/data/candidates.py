@@ -61,7 +61,7 @@ def load_candidates(
     several rows of `chosen` and `rejected` are one.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a folder of shards, a Hub dataset id, a
+        source: a .jsonl, .json, .parquet or .csv file, a folder of shards, a Hub dataset id, a
             `datasets.Dataset`, or a sequence of rows.
         split: the split of a Hub dataset.
         model: who gave the answers of rows that do not say.

@@ -180,7 +180,7 @@ def load_demonstrations(source: Source, *, split: str = "train") -> list[Demonst
     Answers count as complete, but for those of a model that were cut off.
 
     Args:
-        source: a .jsonl, .json, .parquet or .txt file (a text a line), a Hub dataset id, a
+        source: a .jsonl, .json, .parquet, .csv or .txt file (a text a line), a Hub dataset id, a
             `datasets.Dataset`, or a sequence of rows.
         split: the split of a Hub dataset.
 

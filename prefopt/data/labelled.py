@@ -35,7 +35,7 @@ def load_labelled(source: Source, *, split: str = "train") -> list[LabelledPair]
     """Read labelled pairs.
 
     Args:
-        source: a file (.jsonl, .json, .parquet), a Hub dataset, or rows. A row has `prompt` or
+        source: a file (.jsonl, .json, .parquet, .csv), a Hub dataset, or rows. A row has `prompt` or
             `instruction` (text, or messages), then `response_a` and `response_b` with `label` (A, B,
             tie; 1, 2, 0 are understood too), or `chosen` and `rejected`. `subset` or `category` names
             its kind; `annotators` is a list of single labels.

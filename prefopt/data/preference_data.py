@@ -93,7 +93,7 @@ def load_preferences(source: Source, *, split: str = "train") -> list[Preference
     order of the rows. prefopt's own group records are taken as they are, each its own group.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a folder of shards, a Hub dataset id, a
+        source: a .jsonl, .json, .parquet or .csv file, a folder of shards, a Hub dataset id, a
             `datasets.Dataset`, or a sequence of rows (dicts or `PreferenceGroup`s).
         split: the split of a Hub dataset.
 

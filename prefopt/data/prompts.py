@@ -42,8 +42,8 @@ def load_prompts(source: Source, *, split: str = "train", limit: int | None = No
     prompt are left out and named in a warning.
 
     Args:
-        source: "everyday" or "general" for built-in prompts; a .jsonl, .json, .parquet or .txt file
-            (one prompt a line; blank lines separate); a folder of shards; a Hub dataset id; a
+        source: "everyday" or "general" for built-in prompts; a .jsonl, .json, .parquet, .csv or .txt
+            file (one prompt a line; blank lines separate); a folder of shards; a Hub dataset id; a
             `datasets.Dataset`; or a sequence of rows.
         split: the split of a Hub dataset.
         limit: how many distinct prompts to return, from the first. None for all.

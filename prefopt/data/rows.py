@@ -1,14 +1,16 @@
 """Rows with their place, from wherever a table lies: a file, the Hub, a Dataset or a sequence.
 
-In: a path (.jsonl, .json, .parquet, .txt; .jsonl.gz), a folder of shards, a Hub dataset id, a
-`datasets.Dataset` or a sequence.
+In: a path (.jsonl, .json, .parquet, .csv, .tsv, .txt; .jsonl.gz), a folder of shards, a Hub dataset
+id, a `datasets.Dataset` or a sequence.
 Out: `Rows`, each row with the words that find it again, plus every line that could not be read, so
 that the caller reports these together with the rows it cannot use. Knows no meaning of any column.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -25,7 +27,7 @@ from prefopt.errors import DataError
 Source: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 """What rows can be read from; a `datasets.Dataset` is an iterable of rows."""
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GZIP = ".gz"
@@ -80,7 +82,9 @@ def read_rows(source: Source, *, split: str = "train") -> Rows:
     Args:
         source: a path, a folder of shards (`prefopt.data.shards`), a Hub dataset id
             ("organisation/name"), a `datasets.Dataset` or `DatasetDict`, or any iterable. A `.json`
-            file holds one list of rows, or a row a line.
+            file holds one list of rows, or a row a line. A .csv or .tsv file has its column names in
+            the first line, is separated by whichever of comma, semicolon and tab makes most columns
+            of it, and holds texts: an empty cell is a missing value.
         split: which split of a Hub dataset or `DatasetDict`; the slices of `datasets`, such as
             "train[:100]", work for the Hub.
 
@@ -252,6 +256,8 @@ def _read_file(path: Path, suffix: str) -> Rows:
     content = content.removeprefix(_BOM_UTF8)
     if suffix == ".json" and content.lstrip().startswith(b"["):
         return _read_array(path, content)
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(path, content)
     return _read_lines(path, content, as_json=suffix != ".txt")
 
 
@@ -332,6 +338,52 @@ def _read_lines(path: Path, content: bytes, *, as_json: bool) -> Rows:
         except (msgspec.DecodeError, ValueError) as error:
             problems.append(f"line {number}: malformed JSON: {error}")
     return Rows(str(path), rows, problems, remedy)
+
+
+def _read_csv(path: Path, content: bytes) -> Rows:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return Rows(str(path), [], [_not_utf8(line, error.start, content)], _utf8_remedy(path))
+    # A cell may be as long as its file; the module's own limit is one for all of the process.
+    before = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        return _csv_rows(path, text)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _csv_rows(path: Path, text: str) -> Rows:
+    def reader(
+        delimiter: str, *, strict: bool
+    ) -> Any:  # the module has no public name for its class
+        return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
+
+    rows: list[Row] = []
+    problems: list[str] = []
+    delimiter = max(",;\t", key=lambda mark: len(next(reader(mark, strict=False), [])))
+    table = reader(delimiter, strict=True)
+    line = 1
+    try:
+        names: list[str] = next(table, [])
+        twice = sorted(name for name in set(names) if names.count(name) > 1)
+        if twice:
+            return Rows(str(path), [], [f"line 1: there are two columns {twice[0]!r}"])
+        line = table.line_num + 1
+        for values in table:
+            if values and len(values) != len(names):
+                problems.append(
+                    f"line {line}: has {len(values)} value(s) for {len(names)} column(s), separated "
+                    f"by {delimiter!r}; text with a separator or a line break must stand in quotes"
+                )
+            elif values:
+                row = {name: value or None for name, value in zip(names, values, strict=True)}
+                rows.append(Row(f"line {line}", row))
+            line = table.line_num + 1
+    except csv.Error as error:
+        problems.append(f"line {line}: malformed CSV: {error}")
+    return Rows(str(path), rows, problems)
 
 
 _TOO_DEEP = "nested too deeply to be read"

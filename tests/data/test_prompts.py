@@ -141,16 +141,16 @@ def test_a_missing_file_is_named(tmp_path):
             load_prompts(source)
 
 
-@pytest.mark.parametrize("name", ["everydya", "a name with spaces", "prompts.csv", "a/b/c"])
+@pytest.mark.parametrize("name", ["everydya", "a name with spaces", "prompts.xls", "a/b/c"])
 def test_a_name_that_is_no_source_says_what_would_be_one(name):
     with pytest.raises(DataError, match=r"not an existing file .* and not a Hub dataset id"):
         load_prompts(name)
 
 
 def test_a_file_of_an_unknown_kind_and_a_folder_are_refused(tmp_path):
-    (tmp_path / "p.csv").write_text("prompt\nHello\n")
+    (tmp_path / "p.xls").write_text("prompt\nHello\n")
     with pytest.raises(DataError, match=r"expected one of \.jsonl"):
-        load_prompts(tmp_path / "p.csv")
+        load_prompts(tmp_path / "p.xls")
     with pytest.raises(DataError, match="is a folder"):
         load_prompts(tmp_path)
     with pytest.raises(DataError, match="put it in a list"):
