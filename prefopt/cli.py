@@ -366,8 +366,8 @@ def train_sft(
 
     Args:
         out: folder for the adapter, or the model with --sft.tune full, its card and training log.
-        data: .jsonl, .json, .parquet, .csv, .txt or a Hub dataset with prompt and completion, messages,
-            or text.
+        data: .jsonl, .json, .parquet, .csv, .txt or a Hub dataset with prompt and completion,
+            messages, or text.
         preferences: preferences instead, as `prefopt train dpo` reads them.
         replay: general data to mix in against forgetting, in the forms of --data.
         model: "demo", a folder, or a Hub id.
