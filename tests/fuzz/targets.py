@@ -216,16 +216,21 @@ _ROWS = (
     b'[{"prompt": ' + b"9" * 4400 + b"}]",
     b"\xff\xfep\x00",
     b'{"prompt": "caf\xe9"}\n',
+    b'{"question": "q", "answers": ["a", [{"role": "assistant", "content": "b"}]], "models": ["x", '
+    b'"y"]}\n',
+    b'prompt,answer,model\n"a, ""b""","c\nd",\nx;y,1,m\n',
+    b"prompt\tchosen\trejected\r\np\tc\tr\r\n",
 )
 
 
 def _loaders() -> list[Callable[[Path], Any]]:
+    from prefopt.data.candidates import load_candidates
     from prefopt.data.demonstrations import load_demonstrations
     from prefopt.data.labelled import load_labelled
     from prefopt.data.preference_data import load_preferences
     from prefopt.data.prompts import load_prompts
 
-    return [load_prompts, load_preferences, load_demonstrations, load_labelled]
+    return [load_prompts, load_preferences, load_demonstrations, load_labelled, load_candidates]
 
 
 def _rows(suffix: str) -> Run:
@@ -616,6 +621,7 @@ TARGETS: dict[str, Target] = {
     "rows .txt": Target(_rows(".txt"), _ROWS, weight=0.5),
     "rows .jsonl.gz": Target(_gzip, (*_ROWS, gzip.compress(_ROWS[0])), weight=1),
     "rows .parquet": Target(_rows(".parquet"), (), weight=0.1),
+    "rows .csv": Target(_rows(".csv"), _ROWS),
     "records": Target(_records, (), weight=6),
     "export": Target(_export, (), weight=6),
     "chat boundaries": Target(
