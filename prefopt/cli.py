@@ -549,7 +549,7 @@ def evaluate(
         model: the base model.
         adapter: the tuned adapter. Not needed with answer files.
         tuned_answers: answers by the tuned side, instead of sampling them: what `prefopt sample`
-            writes, or rows with `prompt` and `answer` (JSONL, JSON, Parquet).
+            writes, or rows with `prompt` and `answer` (JSONL, JSON, Parquet, CSV).
         base_answers: answers by the base side, instead of sampling them.
         answers: such files of any number of models by name, as --answers.NAME FILE or, in a YAML
             file, as a mapping. They are ranked; the report is about the last one against the baseline.

@@ -41,7 +41,7 @@ class LabelConfig:
     Args:
         candidates: file that `prefopt sample` wrote, or answers from elsewhere: rows with `prompt` and
             `answer`, `answers` (a list), `response_a` and `response_b`, or `chosen` and `rejected`
-            (JSONL, JSON, Parquet, or a Hub dataset).
+            (JSONL, JSON, Parquet, CSV, or a Hub dataset).
         out: the job's folder; the same folder continues the same job.
         judge: "rules:house_style", "anthropic:<model>", "local:<model>",
             "openai:<model>@<base_url>", "likelihood:<model>", "reward:<folder>",

@@ -24,10 +24,15 @@ from prefopt.types import Candidate, FinishReason, PreferenceGroup, Prompt
 
 _CANDIDATE_SCHEMA = "prefopt.candidate/1"
 _GROUP_SCHEMA = "prefopt.preference_group/1"
-_PROMPTS = ("prompt", "instruction", "question")
-_ONE = ("completion", "response", "answer", "output")
+PROMPT_COLUMNS = ("prompt", "instruction", "question")
+"""What a row may call its prompt."""
+
+ANSWER_COLUMNS = ("completion", "response", "answer", "output")
+"""What a row may call its one answer."""
+
 _SEVERAL = ("answers", "responses", "completions", "generations")
-_TWO = (("response_a", "response_b"), ("answer_a", "answer_b"))
+PAIR_COLUMNS = (("response_a", "response_b"), ("answer_a", "answer_b"))
+"""What a row may call its two answers, where neither is the better one by its name."""
 
 
 class _Extras(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,11 +98,11 @@ def stream_candidates(
             try:
                 answers = _as_they_are(value)
                 if answers is None:
-                    answers = [
-                        _numbered(answer, numbers)
-                        for answer in _from_row(value, model)
-                        if not _is_pair(value) or _is_new(answer, paired)
-                    ]
+                    row = {name: item for name, item in value.items() if item is not None}
+                    answers = _from_row(row, model)
+                    if _is_pair(row):
+                        answers = _new(answers, paired)
+                    answers = [_numbered(answer, numbers) for answer in answers]
             except (ValueError, msgspec.ValidationError) as error:
                 problems.append(f"{where}: {error}")
                 continue
@@ -142,11 +147,12 @@ def _is_pair(row: Mapping[str, Any]) -> bool:
     return "chosen" in row and "rejected" in row
 
 
-def _is_new(answer: Candidate, seen: set[tuple[str, str, str]]) -> bool:
-    key = (answer.prompt.prompt_id, answer.model, answer.text)
-    new = key not in seen
-    seen.add(key)
-    return new
+def _new(answers: list[Candidate], seen: set[tuple[str, str, str]]) -> list[Candidate]:
+    """Those that no earlier row had. Two of one row that are alike stay two, and are told of later."""
+    keys = [(answer.prompt.prompt_id, answer.model, answer.text) for answer in answers]
+    found = [answer for answer, key in zip(answers, keys, strict=True) if key not in seen]
+    seen.update(keys)
+    return found
 
 
 def _numbered(answer: Candidate, numbers: Counter[tuple[str, str]]) -> Candidate:
@@ -156,8 +162,7 @@ def _numbered(answer: Candidate, numbers: Counter[tuple[str, str]]) -> Candidate
     return msgspec.structs.replace(answer, sample_index=number)
 
 
-def _from_row(value: Mapping[str, Any], model: str) -> list[Candidate]:
-    row = {name: item for name, item in value.items() if item is not None}
+def _from_row(row: Mapping[str, Any], model: str) -> list[Candidate]:
     if _is_pair(row):
         pair = pair_from_row(row)
         return [
@@ -175,7 +180,7 @@ def _from_row(value: Mapping[str, Any], model: str) -> list[Candidate]:
     return [
         Candidate(
             prompt=prompt,
-            text=_text(answer),
+            text=answer_text(answer),
             model=name,
             finish_reason=extras.finish_reason or "unknown",
         )
@@ -184,10 +189,10 @@ def _from_row(value: Mapping[str, Any], model: str) -> list[Candidate]:
 
 
 def _prompt_and_answers(row: Mapping[str, Any], category: str) -> tuple[Prompt, list[Any]]:
-    prompts = [name for name in _PROMPTS if name in row]
-    forms: dict[str, list[Any]] = {name: [row[name]] for name in _ONE if name in row}
+    prompts = [name for name in PROMPT_COLUMNS if name in row]
+    forms: dict[str, list[Any]] = {name: [row[name]] for name in ANSWER_COLUMNS if name in row}
     forms |= {name: _several(name, row[name]) for name in _SEVERAL if name in row}
-    forms |= {f"{a}` and `{b}": [row[a], row[b]] for a, b in _TWO if a in row and b in row}
+    forms |= {f"{a}` and `{b}": [row[a], row[b]] for a, b in PAIR_COLUMNS if a in row and b in row}
     if not forms and "messages" in row:
         messages = messages_from(row["messages"])
         return Prompt.from_messages(messages[:-1], category), [messages[-1:]]
@@ -227,13 +232,14 @@ def _models(extras: _Extras, n: int) -> list[str] | None:
     return None if extras.model is None else [extras.model] * n
 
 
-def _text(answer: Any) -> str:
+def answer_text(answer: Any) -> str:
+    """An answer's text, from a text or one message of the assistant's; else ValueError."""
     if isinstance(answer, str):
         return answer
     messages = messages_from(answer)
     if [message.role for message in messages] != ["assistant"]:
         got = ", ".join(message.role for message in messages) or "no message"
-        raise ValueError(f"an answer must be a text or one assistant message, got {got}.")
+        raise ValueError(f"the answer must be one assistant message, got {got}.")
     return messages[0].content
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from prefopt.data.candidates import ANSWER_COLUMNS, answer_text
 from prefopt.data.prompts import messages_from, prompt_from
 from prefopt.data.rows import Source, read_rows
 from prefopt.types import Candidate, PreferenceGroup, Prompt, content_hash
@@ -38,7 +39,6 @@ NoDemonstration = Literal[
 
 _SCHEMA = "prefopt.demonstration/1"
 _CANDIDATE_SCHEMA = "prefopt.candidate/1"
-_ANSWER_COLUMNS = ("completion", "response", "answer", "output")
 
 
 class Demonstration(
@@ -214,7 +214,7 @@ def _from_row(value: Any, source: str) -> Demonstration:
         return msgspec.convert(dict(value), Demonstration)
     if row.get("schema") == _CANDIDATE_SCHEMA:
         return _of_a_model(msgspec.convert(dict(value), Candidate), source)
-    answers = [name for name in _ANSWER_COLUMNS if name in row]
+    answers = [name for name in ANSWER_COLUMNS if name in row]
     if "prompt" in row and answers:
         if len(answers) > 1:
             raise ValueError(f"several answers in one row: {', '.join(answers)}; keep one.")
@@ -237,15 +237,10 @@ def _plain(text: Any, source: str) -> Demonstration:
 
 
 def _answer(prompt: Prompt, answer: Any, source: str) -> Demonstration:
-    if not isinstance(answer, str):
-        messages = messages_from(answer)
-        if [m.role for m in messages] != ["assistant"]:
-            got = ", ".join(m.role for m in messages) or "no message"
-            raise ValueError(f"the answer must be one assistant message, got {got}.")
-        answer = messages[0].content
-    if not answer.strip():
+    text = answer_text(answer)
+    if not text.strip():
         raise ValueError("the answer has no text.")
-    return Demonstration(prompt=prompt, text=answer, source=source)
+    return Demonstration(prompt=prompt, text=text, source=source)
 
 
 def _of_a_model(answer: Candidate, source: str) -> Demonstration:

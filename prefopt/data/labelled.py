@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from prefopt.data.candidates import PAIR_COLUMNS, PROMPT_COLUMNS
 from prefopt.data.rows import Source, read_rows
 from prefopt.types import Candidate, Comparison, Prompt, Winner
 
@@ -19,8 +20,7 @@ _SPELLINGS: dict[str, Winner] = {
     **dict.fromkeys(("b", "2", "second", "response_b", "model_b", "answer_b"), "b"),
     **dict.fromkeys(("tie", "0", "both", "equal", "c"), "tie"),
 }
-_PROMPT_NAMES = ("prompt", "instruction", "question")
-_ANSWER_NAMES = (("response_a", "response_b"), ("answer_a", "answer_b"), ("chosen", "rejected"))
+_ANSWER_NAMES = (*PAIR_COLUMNS, ("chosen", "rejected"))
 
 
 class LabelledPair(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,13 +91,13 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
     category = row.get("subset") or row.get("category") or ""
     if not isinstance(category, str):
         raise ValueError(f"subset: expected a text, got {type(category).__name__}")
-    for name in _PROMPT_NAMES:
+    for name in PROMPT_COLUMNS:
         value = row.get(name)
         if isinstance(value, str):
             return Prompt.from_text(value, category)
         if isinstance(value, list | tuple):
             return Prompt.from_messages(value, category)
-    raise ValueError(f"expected a text or messages in one of {', '.join(_PROMPT_NAMES)}")
+    raise ValueError(f"expected a text or messages in one of {', '.join(PROMPT_COLUMNS)}")
 
 
 def _label(value: Any, name: str) -> Winner:

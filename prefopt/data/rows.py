@@ -355,9 +355,8 @@ def _read_csv(path: Path, content: bytes) -> Rows:
 
 
 def _csv_rows(path: Path, text: str) -> Rows:
-    def reader(
-        delimiter: str, *, strict: bool
-    ) -> Any:  # the module has no public name for its class
+    # Any: the class of the module's readers has no public name.
+    def reader(delimiter: str, *, strict: bool) -> Any:
         return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
 
     rows: list[Row] = []

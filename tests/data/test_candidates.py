@@ -91,6 +91,18 @@ def test_the_answers_of_several_pairs_are_counted_once():
     assert len(pair_candidates(found)) == 4
 
 
+def test_a_pair_of_equal_answers_stays_two_and_a_single_answer_is_never_merged():
+    rows = [
+        {"prompt": "p", "chosen": "same", "rejected": "same", "answer": None},
+        {"prompt": "q", "answer": "twice", "chosen": None, "rejected": None},
+        {"prompt": "q", "answer": "twice", "chosen": None, "rejected": None},
+    ]
+    found = load_candidates(rows)
+    assert [(c.prompt.text, c.text, c.sample_index) for c in found] == [
+        ("p", "same", 0), ("p", "same", 1), ("q", "twice", 0), ("q", "twice", 1),
+    ]  # fmt: skip
+
+
 def test_prefopts_own_records_stay_as_they_are(tmp_path):
     answers = [
         Candidate(prompt=SKY, text=text, model="m", sample_index=i + 5, n_tokens=3)
