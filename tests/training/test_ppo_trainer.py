@@ -583,6 +583,9 @@ def test_what_a_trainer_is_given_must_fit(tmp_path):
         make_trainer(tmp_path, rows=[{"text": "x"}])
     with pytest.raises(TypeError, match=r"must be a datasets\.Dataset"):
         PPOTrainer(tiny_policy(), ones, PPOConfig(str(tmp_path), max_new_tokens=4), [1, 2])
+    noisy = PPOConfig(str(tmp_path), max_new_tokens=4, neftune_noise_alpha=5.0)
+    with pytest.raises(ValueError, match="neftune_noise_alpha is not supported"):
+        PPOTrainer(tiny_policy(), ones, noisy, [1, 2])
 
 
 def test_spreads_from_the_means_of_squares():
